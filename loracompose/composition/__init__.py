@@ -1,0 +1,1 @@
+"""Ranks side by side and what is done to them: banks, deltas, gates, factored linear algebra."""

@@ -1,0 +1,1 @@
+"""From prompts to adapters: embed, search, weigh. The catalog imports without torch."""

@@ -1,0 +1,1 @@
+"""What runs inside the model: hooks and the batched low-rank product."""

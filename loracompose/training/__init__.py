@@ -1,0 +1,1 @@
+"""Training of single adapters and of what composers learn."""

@@ -1,0 +1,65 @@
+"""Composition methods, one per file. COMPOSERS is the whole table; a composer outside it works as an instance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from torch import Tensor
+
+from loracompose.adapters.lora import Adapter
+from loracompose.composers.base import Composer
+from loracompose.composers.fusion import Fusion
+from loracompose.composers.merge import merge_adapters
+from loracompose.composers.mixture import Mixture
+from loracompose.composers.selection import Selection
+
+COMPOSERS: Mapping[str, type[Composer]] = MappingProxyType(
+    {composer.name: composer for composer in (Selection, Mixture, Fusion)}
+)
+
+__all__ = ["COMPOSERS", "Composer", "compose", "get_composer"]
+
+
+def get_composer(composer: str | Composer) -> Composer:
+    """A composer by name with its default hyper-parameters, or the instance itself.
+
+    Raises:
+        LookupError: no composer of that name.
+        TypeError: neither a name nor a composer.
+    """
+    if isinstance(composer, str):
+        if composer not in COMPOSERS:
+            raise LookupError(f"no composer named {composer!r}; there are {', '.join(sorted(COMPOSERS))}")
+        return COMPOSERS[composer]()
+    if isinstance(composer, type) or not isinstance(composer, Composer):
+        raise TypeError(f"a composer is a name or an instance such as Mixture(), got {composer!r}")
+    return composer
+
+
+def compose(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | Tensor | None = None,
+    composer: str | Composer = "mixture",
+    *,
+    name: str | None = None,
+) -> Adapter:
+    """One plain adapter from K adapters at fixed weights; `save_adapter` writes it for PEFT and vLLM.
+
+    Args:
+        adapters: adapters of one base model, of any ranks and modules.
+        weights: K finite numbers; None means 1/K each. 0 leaves an adapter out.
+        composer: name or instance of a static composer.
+        name: name of the result, the composer's by default.
+
+    Returns:
+        Adapter whose recipe names the method, its hyper-parameters, the sources with fingerprints and weights,
+        and the relative error against the exact weighted sum of the updates.
+
+    Raises:
+        ValueError: a gated composer, wrong weights, or nothing left.
+        LookupError: no composer of that name.
+    """
+    if weights is None:
+        weights = [1 / len(adapters)] * len(adapters)
+    return merge_adapters(adapters, weights, get_composer(composer), name)

@@ -1,0 +1,75 @@
+"""What a composer is, and the two ways to write one: weigh ranks as they are, or rewrite them row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from loracompose.composition.bank import RankBank, select_banks
+from loracompose.composition.delta import LowRankDelta
+
+Scope = Literal["static", "prompt", "token"]
+Factors = tuple[Tensor, Tensor]  # A (r, d_in), B (d_out, r)
+Rewrite = Callable[[Mapping[str, RankBank], Tensor], Mapping[str, Factors]]
+
+
+@runtime_checkable
+class Composer(Protocol):
+    """Turns the ranks of the retrieved adapters into what runs.
+
+    A composer is a frozen dataclass: its fields are the hyper-parameters and its repr is the experiment record.
+
+    Attributes:
+        name: key in COMPOSERS.
+        source: the paper, or "ours".
+        scope: "static" if the multipliers depend on neither token nor hidden states: then the composition of
+            one row is again a plain LoRA. "prompt": decided once per prompt. "token": per token.
+        gauge_invariant: whether the result depends on B @ A only, not on the factorisation.
+        exact: whether it is the weighted sum of the updates, up to its stated budget.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    scope: ClassVar[Scope]
+    gauge_invariant: ClassVar[bool]
+    exact: ClassVar[bool]
+
+    def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> Mapping[str, LowRankDelta]:
+        """Compose all modules at once.
+
+        Args:
+            banks: module path -> ranks of the K adapters; all banks list the same adapters in the same order.
+            weights: (batch, K), any finite numbers; 0 means that the adapter is not a member of the row.
+
+        Returns:
+            Module path -> delta whose weights have `batch` rows. A row of zero weights gains nothing.
+        """
+        ...
+
+
+def rewrite_rows(banks: Mapping[str, RankBank], weights: Tensor, rewrite: Rewrite) -> dict[str, LowRankDelta]:
+    """Deltas of a static composer that rewrites the ranks of one set of adapters.
+
+    `rewrite(banks, w)` sees the members of one row only, K' adapters of weight w (K',) other than 0, and
+    returns the new factors per module. Equal rows are composed once. The new ranks of all distinct rows lie
+    side by side in one bank per module, and each row's weights switch on its own.
+    """
+    distinct, row_of = torch.unique(weights, dim=0, return_inverse=True)
+    composed = []
+    for row in distinct:
+        members = row.nonzero().flatten().tolist()
+        composed.append(rewrite(select_banks(banks, members), row[members]) if members else {})
+    deltas = {}
+    for module, bank in banks.items():
+        pieces = [(i, factors[module]) for i, factors in enumerate(composed) if module in factors]
+        if not pieces:
+            continue
+        A = torch.cat([A for _, (A, _) in pieces])  # (R, d_in)
+        B = torch.cat([B for _, (_, B) in pieces], dim=1)  # (d_out, R)
+        owner = torch.cat([torch.full((A.shape[0],), i, device=row_of.device) for i, (A, _) in pieces])
+        switch = (row_of[:, None] == owner[None, :]).to(A)  # (batch, R)
+        deltas[module] = LowRankDelta(A, B, switch, kind=bank.kind)
+    return deltas

@@ -1,0 +1,51 @@
+"""Fusion: A and B averaged separately."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from loracompose.composers.base import Factors, Scope, rewrite_rows
+from loracompose.composition.bank import RankBank
+from loracompose.composition.delta import LowRankDelta
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """delta_W = (Σ_i w_i B_i)(Σ_i w_i A_i): averages of parameters, not of updates.
+
+    The product has cross terms w_i w_j B_i A_j, so it is not the sum of the updates unless there is one adapter,
+    and it depends on how each adapter happens to be factorised. It costs one adapter's rank. The paper averages
+    adapters of one rank with w_i = 1/k; here shorter ranks are padded with zeros, a member without the module
+    counts as zero, and the LoRA scaling lies in B.
+
+    Source: LoraRetriever, arXiv:2402.09997, section 3.3 "Fusion of LoRAs".
+    """
+
+    name: ClassVar[str] = "fusion"
+    source: ClassVar[str] = "LoraRetriever, arXiv:2402.09997"
+    scope: ClassVar[Scope] = "static"
+    gauge_invariant: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+
+    def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
+        """One averaged adapter per distinct row of weights."""
+        return rewrite_rows(banks, weights, fuse)
+
+
+def fuse(banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+    """(Σ w_i A_i, Σ w_i B_i) of every module, of the largest rank among the members."""
+    fused = {}
+    for module, bank in banks.items():
+        first = bank.present[0][1]
+        rank = max(part.rank for _, part in bank.present)
+        A, B = first.A.new_zeros(rank, first.d_in), first.B.new_zeros(first.d_out, rank)
+        for i, part in bank.present:
+            w = weights[i].to(A)
+            A[: part.rank] += w * part.A
+            B[:, : part.rank] += w * part.B
+        fused[module] = (A, B)
+    return fused

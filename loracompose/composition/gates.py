@@ -1,0 +1,46 @@
+"""Gates: per-token multipliers of the ranks, and what a gate may look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GateContext:
+    """What a gate may see beside its module's own input.
+
+    Attributes:
+        module: path of the module that is running.
+        layer_input: input of the enclosing transformer layer before its norm, (batch, seq, hidden);
+            captured only for gates that set `needs_layer_input`.
+        attention_mask: the mask given to the model, (batch, total_seq), 1 for real tokens; None if none was.
+        memory: this request's own store; what a gate writes at prefill it finds again at every decoding step.
+    """
+
+    module: str
+    layer_input: Tensor | None = None
+    attention_mask: Tensor | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Gate(Protocol):
+    """Decides, token by token, how much of each rank passes."""
+
+    needs_layer_input: bool
+
+    def __call__(self, x: Tensor, h: Tensor, w: Tensor, context: GateContext) -> Tensor:
+        """Multipliers of h.
+
+        Args:
+            x: input of the module, (batch, seq, d_in); token ids (batch, seq) for an embedding.
+            h: x Aᵀ, (batch, seq, R).
+            w: weights of the ranks, (batch, R); 0 where the rank's adapter is not a member of the row.
+            context: what else a gate may look at.
+
+        Returns:
+            Multipliers, broadcastable to (batch, seq, R), weights included.
+        """
+        ...

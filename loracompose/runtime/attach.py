@@ -1,0 +1,137 @@
+"""attach: put deltas on a model for the length of a `with`, by hooks that we own and remove."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loracompose.composition.delta import LowRankDelta
+from loracompose.composition.gates import GateContext
+from loracompose.runtime.operator import RowOperator
+
+LAYER = re.compile(r"^(?P<layer>.*?\.\d+)\.")  # the outermost numbered block: "model.layers.3", "transformer.h.3"
+
+
+@contextmanager
+def attach(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> Iterator[None]:
+    """Add each delta to the output of its module while the block runs.
+
+    Weights are not touched and no module is replaced: outside the block the model is bit-identical to the
+    model before it, after success and after an exception. Blocks may be nested; each removes its own hooks.
+
+    Args:
+        model: the base model.
+        deltas: module path -> delta; the rows of a batch given to the model are the rows of the deltas, or
+            each row several times in a row as `generate` lays out beams and return sequences.
+
+    Raises:
+        LookupError: the model has no module of that path.
+        ValueError: a delta does not fit its module's shape, or the module takes no (batch, seq, width) input.
+    """
+    modules = {path: resolve(model, path) for path in deltas}
+    for path, module in modules.items():
+        check_fit(path, module, deltas[path])
+    request = Request(model)
+    with ExitStack() as hooks:
+        operators = {path: RowOperator(on_module(delta, modules[path])) for path, delta in deltas.items()}
+        if any(deltas[path].gate is not None for path in deltas):
+            hooks.callback(model.register_forward_pre_hook(request.see_mask, with_kwargs=True).remove)
+        for layer in sorted({layer_of(p) for p, op in operators.items() if op.gate_needs_layer_input}):
+            hook = resolve(model, layer).register_forward_pre_hook(request.layer_hook(layer), with_kwargs=True)
+            hooks.callback(hook.remove)
+        for path, operator in operators.items():
+            hooks.callback(modules[path].register_forward_hook(request.module_hook(path, operator)).remove)
+        yield
+
+
+class Request:
+    """What gates may know about the running request; lives as long as one `attach`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._mask: Tensor | None = None
+        self._layer_input: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
+
+    def see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the attention mask of this forward pass."""
+        self._mask = kwargs.get("attention_mask")
+
+    def layer_hook(self, layer: str) -> Any:
+        """A pre-hook that remembers the hidden states entering a layer."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._layer_input[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def module_hook(self, path: str, operator: RowOperator) -> Any:
+        """A forward hook that adds the delta to the module's output."""
+        layer = layer_of(path)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            x = args[0]
+            if output.ndim != 3:
+                raise ValueError(
+                    f"{path}: its output has shape {tuple(output.shape)}, expected (batch, seq, width); a module that "
+                    "flattens rows and tokens cannot run one composition per row"
+                )
+            context = GateContext(path, self._layer_input.get(layer), self._mask, self._memory)
+            return output + operator(x, context)
+
+        return hook
+
+
+def layer_of(path: str) -> str:
+    """Path of the numbered layer that holds a module, "" if none does."""
+    match = LAYER.match(path)
+    return match["layer"] if match else ""
+
+
+def resolve(model: nn.Module, path: str) -> nn.Module:
+    """The module of that path."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        last = path.rpartition(".")[2]
+        near = [name for name, _ in model.named_modules() if name.endswith("." + last)][:3]
+        hint = f"modules of that kind: {', '.join(near)}" if near else f"no module is called {last!r}"
+        raise LookupError(
+            f"{type(model).__name__} has no module {path!r} ({hint}); the adapter was made for another base model"
+        ) from None
+
+
+def module_shape(module: nn.Module) -> tuple[str, int, int] | None:
+    """(kind, d_in, d_out) of a module that an adapter can be put on; None for any other."""
+    if isinstance(module, nn.Embedding):
+        return "embedding", module.num_embeddings, module.embedding_dim
+    if isinstance(module, nn.Linear):
+        return "linear", module.in_features, module.out_features
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2:
+        return "linear", weight.shape[0], weight.shape[1]  # GPT-2 keeps (d_in, d_out)
+    return None
+
+
+def check_fit(path: str, module: nn.Module, delta: LowRankDelta) -> None:
+    """Raise unless the delta fits the module."""
+    wanted = (delta.kind, delta.A.shape[-1], delta.B.shape[-2])
+    shape = module_shape(module)
+    if shape is None:
+        raise ValueError(f"{path!r} is a {type(module).__name__}; adapters go on Linear, Conv1D and Embedding")
+    if shape != wanted:
+        raise ValueError(
+            f"{path!r} is {shape[0]} {shape[1]} -> {shape[2]}, the adapter is {wanted[0]} {wanted[1]} -> {wanted[2]}; "
+            "it was made for another base model"
+        )
+
+
+def on_module(delta: LowRankDelta, module: nn.Module) -> LowRankDelta:
+    """The delta on the device and in the dtype that the module computes with."""
+    weight = module.get_parameter("weight")
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    return delta.to(weight.device, dtype)

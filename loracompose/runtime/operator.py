@@ -1,0 +1,70 @@
+"""The batched low-rank product: one delta, prepared once per request batch, in the form each call needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from loracompose.composition.delta import LowRankDelta
+from loracompose.composition.gates import GateContext
+from loracompose.runtime.plan import Form, choose_form
+
+
+def gather_rows(delta: LowRankDelta) -> LowRankDelta:
+    """The same static delta with each row's own ranks, (batch, R', ...), its weights folded into B.
+
+    R' is the most ranks that a row uses; shorter rows are filled up with ranks of weight 0.
+    """
+    used = delta.weights != 0  # (batch, R)
+    widest = max(1, int(used.sum(dim=1).max()))
+    pick = torch.argsort((~used).to(torch.int8), dim=1, stable=True)[:, :widest]  # (batch, R')
+    A = delta.A[pick]  # (batch, R', d_in)
+    w = delta.weights.gather(1, pick)  # (batch, R')
+    B = delta.B.mT[pick] * w[..., None]  # (batch, R', d_out)
+    return replace(delta, A=A, B=B.mT, weights=torch.ones_like(w))
+
+
+class RowOperator:
+    """Runs one delta on inputs of `batch` rows, or of a multiple when `generate` expands rows to beams.
+
+    Each form of the bank (shared, gathered, and their expansions) is built at its first use and kept, so a
+    decoding step allocates nothing but its result.
+    """
+
+    def __init__(self, delta: LowRankDelta) -> None:
+        self._delta = delta
+        used = (delta.weights != 0).sum(dim=1)
+        self._row_ranks = max(1, int(used.max()))
+        self._forms: dict[tuple[Form, int], LowRankDelta] = {}
+
+    @property
+    def gate_needs_layer_input(self) -> bool:
+        """Whether the gate looks at the input of the enclosing layer."""
+        return self._delta.gate is not None and self._delta.gate.needs_layer_input
+
+    def __call__(self, x: Tensor, context: GateContext) -> Tensor:
+        """What the module's output gains, (rows, seq, d_out).
+
+        Raises:
+            ValueError: the rows of x are not a multiple of the batch.
+        """
+        rows, batch = x.shape[0], self._delta.batch
+        if rows % batch:
+            raise ValueError(
+                f"{context.module}: {rows} rows of input for {batch} compositions; rows must be a multiple"
+            )
+        return self._form(x, rows // batch)(x, context)
+
+    def _form(self, x: Tensor, times: int) -> LowRankDelta:
+        delta = self._delta
+        form: Form = "shared"
+        if delta.gate is None and not delta.per_row:
+            ranks = delta.A.shape[0]
+            form = choose_form(x.shape[0], x.shape[1], ranks, self._row_ranks, delta.A.itemsize)
+        key = (form, times)
+        if key not in self._forms:
+            base = delta if form == "shared" else gather_rows(delta)
+            self._forms[key] = base.repeat(times)
+        return self._forms[key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from loracompose.adapters.patterns import check_pattern
+
 ALL_LINEAR = "all-linear"
 
 
@@ -24,12 +25,35 @@ class UnsupportedAdapterError(ValueError):
 
 # Fields that `LoraSettings` reads, and those without influence on a trained adapter's output.
 _READ = frozenset(
-    "peft_type r lora_alpha use_rslora target_modules exclude_modules layers_to_transform layers_pattern "
-    "rank_pattern alpha_pattern fan_in_fan_out init_lora_weights base_model_name_or_path task_type".split()
+    {
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "base_model_name_or_path",
+        "task_type",
+    }
 )
 _INERT = frozenset(
-    "auto_mapping peft_version revision inference_mode lora_dropout runtime_config megatron_core "
-    "qalora_group_size eva_config".split()
+    {
+        "auto_mapping",
+        "peft_version",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+        "eva_config",
+    }
 )
 # Initialisations that leave the base weights as they are.
 _INITS = ("gaussian", "orthogonal", "eva")
@@ -98,7 +122,7 @@ class LoraSettings:
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
 
     def scaling(self, module: str) -> float:
-        """alpha / r of a module after the patterns, or alpha / sqrt(r) for rsLoRA."""
+        """What B is multiplied by: alpha / r after the patterns, or alpha / sqrt(r) for rsLoRA."""
         alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
         rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
@@ -166,7 +190,8 @@ def _is_neutral(field: str, value: Any) -> bool:
 @cache
 def _defaults() -> Mapping[str, Any]:
     """Field -> default of the installed PEFT's LoraConfig."""
-    return MappingProxyType({f.name: getattr(LoraConfig(), f.name) for f in dataclasses.fields(LoraConfig)})
+    config = LoraConfig()
+    return MappingProxyType({f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
 
 
 @dataclass(frozen=True)
@@ -239,7 +264,7 @@ class _Fields:
 
     def regex(self, field: str, pattern: str) -> str:
         try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise self.fail(field, f"a valid regular expression ({error})", pattern) from None
+            check_pattern(pattern)
+        except ValueError as error:
+            raise self.fail(field, f"a safe and valid regular expression ({error})", pattern) from None
         return pattern

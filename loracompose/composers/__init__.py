@@ -8,14 +8,40 @@ from types import MappingProxyType
 from torch import Tensor
 
 from loracompose.adapters.lora import Adapter
+from loracompose.composers.arrow import Arrow
 from loracompose.composers.base import Composer
+from loracompose.composers.dare import Dare, DareTies
 from loracompose.composers.fusion import Fusion
+from loracompose.composers.knots import Knots
+from loracompose.composers.lego import Lego
+from loracompose.composers.linear import Linear
+from loracompose.composers.lorahub import LoraHub
+from loracompose.composers.magnitude_prune import MagnitudePrune
 from loracompose.composers.merge import merge_adapters
 from loracompose.composers.mixture import Mixture
+from loracompose.composers.rank_gating import RankGating
 from loracompose.composers.selection import Selection
+from loracompose.composers.ties import Ties
 
 COMPOSERS: Mapping[str, type[Composer]] = MappingProxyType(
-    {composer.name: composer for composer in (Selection, Mixture, Fusion)}
+    {
+        composer.name: composer
+        for composer in (
+            Selection,
+            Mixture,
+            Fusion,
+            Linear,
+            Lego,
+            Ties,
+            Dare,
+            DareTies,
+            MagnitudePrune,
+            Knots,
+            LoraHub,
+            Arrow,
+            RankGating,
+        )
+    }
 )
 
 __all__ = ["COMPOSERS", "Composer", "compose", "get_composer"]

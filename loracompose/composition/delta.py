@@ -58,7 +58,8 @@ class LowRankDelta:
     def to(self, device: torch.device, dtype: torch.dtype) -> LowRankDelta:
         """The same delta on a device and in a dtype."""
         A, B, w = (t.to(device=device, dtype=dtype) for t in (self.A, self.B, self.weights))
-        return replace(self, A=A, B=B, weights=w)
+        gate = None if self.gate is None else self.gate.to(device, dtype)
+        return replace(self, A=A, B=B, weights=w, gate=gate)
 
     def repeat(self, times: int) -> LowRankDelta:
         """Every row `times` times in a row, the order in which `generate` lays out beams and samples."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -29,7 +30,14 @@ class GateContext:
 class Gate(Protocol):
     """Decides, token by token, how much of each rank passes."""
 
-    needs_layer_input: bool
+    @property
+    def needs_layer_input(self) -> bool:
+        """Whether it looks at `GateContext.layer_input`."""
+        ...
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Gate:
+        """The same gate with its tensors where the module computes; called once, not per token."""
+        ...
 
     def __call__(self, x: Tensor, h: Tensor, w: Tensor, context: GateContext) -> Tensor:
         """Multipliers of h.

@@ -60,7 +60,8 @@ class RowOperator:
     def _form(self, x: Tensor, times: int) -> LowRankDelta:
         delta = self._delta
         form: Form = "shared"
-        if delta.gate is None and not delta.per_row:
+        # an embedding only looks up what its tokens need: gathered rows would copy the vocabulary for each of them
+        if delta.gate is None and not delta.per_row and delta.kind == "linear":
             ranks = delta.A.shape[0]
             form = choose_form(x.shape[0], x.shape[1], ranks, self._row_ranks, delta.A.itemsize)
         key = (form, times)

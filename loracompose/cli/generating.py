@@ -1,0 +1,91 @@
+"""loracompose generate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loracompose.cli import options, tables
+from loracompose.cli.options import DEFAULT_BASE
+from loracompose.cli.quiet import quiet_loading
+
+if TYPE_CHECKING:
+    from loracompose.engine import Engine
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; one batch of different compositions.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help='JSONL with a "prompt" per line.')] = None,
+    index: options.Index = None,
+    base: options.Base = DEFAULT_BASE,
+    composer: options.ComposerName = "mixture",
+    settings: options.Settings = None,
+    k: Annotated[int | None, typer.Option("-k", help="Adapters to retrieve for a prompt; 3 if not given.")] = None,
+    adapters: Annotated[
+        str | None, typer.Option(help='One set for all prompts instead of retrieval: "a,b" or "a=0.7,b=0.3" or "".')
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts that run together; 32 if not given.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the adapters, scores and weights.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer to one prompt as it is written.")] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Answer prompts, each with the adapters found for it."""
+    from loracompose.engine import Engine
+
+    quiet_loading()
+    asked: list[Any] = [*(prompts or []), *(read_prompts(file) if file else [])]
+    if not asked:
+        raise ValueError("there is no prompt: pass prompts as arguments or a JSONL file with --file")
+    engine = Engine.from_pretrained(
+        base, index=index, composer=options.parse_composer(composer, settings), device=device, dtype=dtype
+    )
+    given = None if adapters is None else options.parse_set(adapters)
+    if stream:
+        show_stream(engine, asked, k, given, max_new_tokens)
+        return
+    sets = None if given is None else [given] * len(asked)
+    progress = not as_json and len(asked) > 1
+    answers = engine.generate(
+        asked, k=k, adapters=sets, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    )
+    if as_json:
+        tables.show_json([answer.as_dict() for answer in answers])
+        return
+    for number, answer in enumerate(answers, 1):
+        tables.console().print(tables.generation_panel(answer, number, explain))
+
+
+def show_stream(engine: Engine, asked: list[Any], k: int | None, given: Any, max_new_tokens: int) -> None:
+    """Print one answer as it is written."""
+    if len(asked) != 1:
+        raise ValueError(f"--stream answers one prompt, got {len(asked)}")
+    out = tables.console()
+    for piece in engine.stream(asked[0], k=k, adapters=given, max_new_tokens=max_new_tokens):
+        out.print(piece, end="", markup=False, soft_wrap=True)
+    out.print()
+
+
+def read_prompts(file: Path) -> list[Any]:
+    """The prompts of a JSONL file.
+
+    Raises:
+        ValueError: a line that is no JSON object with a "prompt"; the message names it.
+    """
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: not JSON: {error}") from error
+        if not isinstance(row, dict) or "prompt" not in row:
+            raise ValueError(f'{file}:{number}: expected an object with a "prompt", got {line[:80]}')
+        found.append(row["prompt"])
+    return found

@@ -1,0 +1,71 @@
+"""Options that several commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from loracompose.composers import Composer
+
+Base = Annotated[str, typer.Option("--base", "-m", help="Base model: a folder or a Hub name.")]
+Index = Annotated[Path | None, typer.Option("--index", "-i", help="Folder of an index.")]
+ComposerName = Annotated[str, typer.Option("--composer", "-c", help="How to compose; `loracompose doctor` lists them.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="A hyper-parameter of the composer, such as k=16; may be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+
+DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def parse_composer(name: str, settings: list[str] | None) -> Composer:
+    """A composer from its name and `key=value` settings.
+
+    Raises:
+        LookupError: no composer of that name.
+        ValueError: a setting that the composer does not have.
+    """
+    from loracompose.composers import COMPOSERS, get_composer
+
+    if not settings:
+        return get_composer(name)
+    kind = type(get_composer(name))
+    known = tuple(getattr(kind, "__dataclass_fields__", {}))
+    values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or key not in known:
+            raise ValueError(
+                f"--set {setting}: composer {name!r} has {', '.join(known) or 'no settings'}; write key=value"
+            )
+        values[key] = parse_value(text)
+    return COMPOSERS[name](**values)
+
+
+def parse_value(text: str) -> object:
+    """A Python literal, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def parse_set(text: str) -> list[str] | dict[str, float]:
+    """An adapter set: "a,b" is a list, "a=0.7,b=0.3" a mapping, "" the base model.
+
+    Raises:
+        ValueError: some adapters have a weight and some do not, or a weight is no number.
+    """
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    pairs = [item.rpartition("=") for item in items]
+    if not any(equals for _, equals, _ in pairs):
+        return items
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError(f"--adapters {text!r}: give every adapter a weight (a=0.7,b=0.3) or none (a,b)")
+    return {name: float(weight) for name, _, weight in pairs}

@@ -1,0 +1,72 @@
+"""What people look at: tables and panels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from loracompose.trace import Generation
+
+BAR = 12  # cells of a full weight bar
+
+
+def console() -> Console:
+    """Where commands print."""
+    return Console(highlight=False)
+
+
+def show_json(value: Any) -> None:
+    """JSON on standard output, for machines."""
+    Console(highlight=False, soft_wrap=True).print(json.dumps(value, indent=2, ensure_ascii=False), markup=False)
+
+
+def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> Table:
+    """A plain table; `right` lists the columns that hold numbers."""
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def bar(weight: float) -> str:
+    """A weight between 0 and 1 as a bar."""
+    full = round(min(1.0, abs(weight)) * BAR)
+    return f"[cyan]{'━' * full}[/][dim]{'─' * (BAR - full)}[/]"
+
+
+def generation_panel(answer: Generation, number: int, explain: bool) -> Panel:
+    """One answer: the prompt, the text, and which adapters made it."""
+    prompt = answer.prompt if isinstance(answer.prompt, str) else answer.prompt[-1]["content"]
+    parts: list[Any] = [Text(prompt, style="dim")]
+    if explain:
+        parts += [Text(), uses_table(answer), Text()]
+    for text in answer.texts:
+        parts.append(Text("→ ", style="bold green") + Text(text.strip(), style="bold"))
+    parts += [Text(note, style="yellow") for note in answer.notes]
+    return Panel(Group(*parts), title=f"[bold]{number}[/]", title_align="left", box=box.ROUNDED)
+
+
+def uses_table(answer: Generation) -> Table | Text:
+    """The adapters of one answer with score and weight."""
+    if not answer.adapters:
+        return Text("base model alone, no adapter", style="yellow")
+    grid = Table(box=None, pad_edge=False, header_style="dim")
+    grid.add_column("adapter", min_width=16)
+    grid.add_column("score", justify="right")
+    grid.add_column("weight", justify="right")
+    grid.add_column("")
+    for use in answer.adapters:
+        score = "" if use.score is None else f"{use.score:.3f}"
+        grid.add_row(escape(use.name), score, f"{use.weight:.3f}", bar(use.weight))
+    return grid

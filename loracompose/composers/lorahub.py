@@ -1,0 +1,77 @@
+"""LoraHub: A and B summed separately at weights fitted to a few examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from loracompose.composers.base import Scope, rewrite_rows
+from loracompose.composers.fusion import fuse
+from loracompose.composers.mixture import Mixture
+from loracompose.composition.bank import RankBank
+from loracompose.composition.delta import LowRankDelta
+
+LearnedWeights = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class LoraHub:
+    """delta_W = (Σ_i w_i B_i)(Σ_i w_i A_i) at weights that `fit_lorahub` found without gradients.
+
+    Like fusion it has cross terms w_i w_j B_i A_j and w_i² on the diagonal, and depends on how each adapter is
+    factorised; `exact_sum` takes Σ_i w_i B_i A_i instead. The paper needs adapters of one rank; here shorter ranks
+    are padded with zeros and the LoRA scaling lies in B. Without fitted weights those of the row are used; with
+    them a weight other than 0 in the row makes an adapter a member, and the fitted weight replaces it.
+
+    Source: LoraHub, arXiv:2307.13269, section 2.
+
+    Args:
+        learned: fitted weight by fingerprint of the adapter, a mapping or its items; kept sorted.
+        exact_sum: sum the updates instead of the factors.
+    """
+
+    learned: Mapping[str, float] | LearnedWeights | None = None
+    exact_sum: bool = False
+
+    name: ClassVar[str] = "lorahub"
+    source: ClassVar[str] = "LoraHub, arXiv:2307.13269"
+    scope: ClassVar[Scope] = "static"
+    gauge_invariant: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.learned is not None:
+            items = dict(self.learned).items()
+            object.__setattr__(self, "learned", tuple(sorted((key, float(weight)) for key, weight in items)))
+
+    def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
+        """One merged adapter per distinct row of weights.
+
+        Raises:
+            LookupError: weights were fitted, but not for every member.
+        """
+        if self.learned is not None and banks:
+            fingerprints = next(iter(banks.values())).fingerprints
+            weights = fitted_weights(dict(self.learned), fingerprints, weights)
+        return Mixture().compose(banks, weights) if self.exact_sum else rewrite_rows(banks, weights, fuse)
+
+
+def fitted_weights(learned: Mapping[str, float], fingerprints: tuple[str, ...], weights: Tensor) -> Tensor:
+    """The fitted weight of every member of a row, (batch, K); 0 elsewhere.
+
+    Raises:
+        LookupError: a member has none.
+    """
+    member = weights != 0
+    for i in member.any(dim=0).nonzero().flatten().tolist():
+        if fingerprints[i] not in learned:
+            known = ", ".join(key[:12] for key in learned)
+            raise LookupError(
+                f"no LoraHub weight was fitted for the adapter of fingerprint {fingerprints[i][:12]}; "
+                f"there are weights for {known}: fit again with it among the adapters"
+            )
+    row = weights.new_tensor([learned.get(key, 0.0) for key in fingerprints])  # (K,)
+    return member * row

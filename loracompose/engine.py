@@ -1,0 +1,274 @@
+"""Engine: prompts in, texts out, each with the adapters that made it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loracompose.adapters.lora import Adapter
+from loracompose.adapters.store import AdapterStore
+from loracompose.composers import Composer, get_composer
+from loracompose.membership import AdapterRef, AdapterSet, Row, from_hand, from_retrieval
+from loracompose.models import DEFAULT_BASE, BaseModel, load_base, wrap_base
+from loracompose.prompts import Prompt, encode_prompts, user_text
+from loracompose.request import Request, prepare
+from loracompose.retrieval.filtering import Exclude, Where
+from loracompose.retrieval.index import AdapterIndex
+from loracompose.retrieval.result import Retrieval
+from loracompose.retrieval.retriever import Retriever
+from loracompose.runtime.attach import attach
+from loracompose.streaming import stream_pieces
+from loracompose.trace import Generation
+
+__all__ = ["Engine", "Generation"]
+
+BATCH = 32  # rows that run together if the caller does not say
+STORE_BYTES = 2**31
+OURS = ("inputs", "input_ids", "attention_mask", "streamer", "return_dict_in_generate", "stopping_criteria")
+
+
+@dataclass(eq=False)
+class Engine:
+    """A base model, an index of adapters and a way to compose them.
+
+    Several threads may use one engine: generation takes a lock, retrieval and composition do not.
+
+    Attributes:
+        base: the model with its tokenizer.
+        composer: used unless a call names another.
+        store: where adapters are read and kept.
+        retriever: finds adapters for prompts; None if every call gives its sets by hand.
+    """
+
+    base: BaseModel
+    composer: Composer
+    store: AdapterStore
+    retriever: Retriever | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | PreTrainedModel = DEFAULT_BASE,
+        *,
+        index: str | Path | AdapterIndex | None = None,
+        composer: str | Composer = "mixture",
+        k: int = 3,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        router: str | Path | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Engine:
+        """Load what is named and put it together.
+
+        Args:
+            model: folder, Hub name, or a transformers model already loaded (then `device` and `dtype` are its own).
+            index: folder of an index or an open one; None if sets are always given by hand.
+            composer: name in COMPOSERS or an instance.
+            k: how many adapters to retrieve for a prompt.
+            device: "auto" is a GPU where there is one.
+            dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+            router: folder of what a composer has learned; only for composers that learn.
+            tokenizer: needed with a model already loaded whose name does not lead to one.
+
+        Raises:
+            LookupError: a name that leads nowhere.
+            ValueError: a router for a composer that takes none.
+        """
+        composer = get_composer(composer)
+        if router is not None:
+            raise ValueError(f"composer {composer.name!r} learns nothing, so it takes no router; got {str(router)!r}")
+        if isinstance(model, PreTrainedModel):
+            base = wrap_base(model, tokenizer)
+        else:
+            base = load_base(model, device=device, dtype=dtype)
+        if isinstance(index, str | Path):
+            index = AdapterIndex.open(index)
+        store = AdapterStore(max_bytes=STORE_BYTES, device=base.device, dtype=base.dtype, base=base.model)
+        return cls(base, composer, store, Retriever(index, k=k) if index is not None else None)
+
+    @property
+    def index(self) -> AdapterIndex | None:
+        """The index that prompts are searched in."""
+        return self.retriever.index if self.retriever else None
+
+    def retrieve(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        k: int | None = None,
+        exclude: Exclude | None = None,
+        where: Where | None = None,
+    ) -> Retrieval:
+        """Find the adapters for prompts, by the user's text alone; see `AdapterIndex.search`.
+
+        Raises:
+            ValueError: the engine has no index.
+        """
+        if self.retriever is None:
+            raise ValueError(
+                "this engine has no index: open it with Engine.from_pretrained(..., index=...) or pass "
+                "adapters=[...], one set per prompt"
+            )
+        texts = [user_text(prompt) for prompt in prompts]
+        retriever = self.retriever if k is None else replace(self.retriever, k=k)
+        return retriever.retrieve(texts, exclude=exclude, where=where)
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 64,
+        batch_size: int | None = None,
+        composer: str | Composer | None = None,
+        k: int | None = None,
+        adapters: Sequence[AdapterSet] | None = None,
+        exclude: Exclude | None = None,
+        where: Where | None = None,
+        progress: bool = False,
+        **generate_kwargs: Any,
+    ) -> list[Generation]:
+        """Answer every prompt, each with its own composition, batch by batch.
+
+        Args:
+            prompts: strings or lists of chat messages; one string alone is one prompt.
+            max_new_tokens: the longest answer in tokens.
+            batch_size: prompts that run together; 32 if None.
+            composer: for this call; the engine's if None.
+            k: adapters to retrieve for a prompt; the retriever's if None.
+            adapters: sets given by hand instead of retrieval, one per prompt: `["a", "b"]` means 1/2 each,
+                `{"a": 0.7, "b": 0.3}` says the weights, `[]` is the base model. A member is a name in the index,
+                a folder, or an `Adapter`.
+            exclude: names not to retrieve, one collection per prompt.
+            where: metadata filter for retrieval.
+            progress: show a progress bar over batches.
+            **generate_kwargs: passed to the model's `generate` (do_sample, num_beams, ...).
+
+        Returns:
+            One Generation per prompt, in the order given.
+
+        Raises:
+            ValueError: arguments that contradict each other or are out of range.
+            LookupError: an adapter that the index does not have.
+        """
+        asked: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        size = BATCH if batch_size is None else batch_size
+        if size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if taken := [name for name in OURS if name in generate_kwargs]:
+            raise ValueError(f"the engine sets {', '.join(taken)} itself; leave them out of generate(...)")
+        chosen = self.composer if composer is None else get_composer(composer)
+        rows, seconds = self._rows(asked, adapters, k, exclude, where)
+        answers: list[Generation] = []
+        starts = range(0, len(asked), size)
+        for start in track(starts, description="generate", disable=not progress, transient=True):
+            batch = slice(start, start + size)
+            request = self._prepare(asked[batch], rows[batch], chosen, seconds)
+            answers += self._answer(request, max_new_tokens=max_new_tokens, **generate_kwargs)
+        return answers
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 64,
+        composer: str | Composer | None = None,
+        k: int | None = None,
+        adapters: AdapterSet | None = None,
+        **generate_kwargs: Any,
+    ) -> Iterator[str]:
+        """Answer one prompt piece by piece; leaving the loop early stops the model.
+
+        Args:
+            prompt: a string or a list of chat messages.
+            max_new_tokens: the longest answer in tokens.
+            composer: for this call; the engine's if None.
+            k: adapters to retrieve; the retriever's if None.
+            adapters: one set given by hand instead of retrieval.
+            **generate_kwargs: passed to the model's `generate`.
+        """
+        sets = None if adapters is None else [adapters]
+        rows, seconds = self._rows([prompt], sets, k, None, None)
+        chosen = self.composer if composer is None else get_composer(composer)
+        request = self._prepare([prompt], rows, chosen, seconds)
+        inputs = encode_prompts(self.base.tokenizer, [prompt]).to(self.base.device)
+
+        def run(**streaming: Any) -> None:
+            with self._running(request):
+                self.base.model.generate(
+                    **inputs, **self._defaults(), max_new_tokens=max_new_tokens, **generate_kwargs, **streaming
+                )
+
+        return stream_pieces(run, self.base.tokenizer)
+
+    def _rows(
+        self,
+        prompts: Sequence[Prompt],
+        sets: Sequence[AdapterSet] | None,
+        k: int | None,
+        exclude: Exclude | None,
+        where: Where | None,
+    ) -> tuple[list[Row], float]:
+        """The members of every prompt and the seconds it took to find them."""
+        start = time.perf_counter()
+        if not prompts:
+            raise ValueError("there is no prompt to answer: give at least one")
+        if sets is None:
+            found = self.retrieve(prompts, k=k, exclude=exclude, where=where)
+            return from_retrieval(found), time.perf_counter() - start
+        if k is not None or exclude is not None or where is not None:
+            raise ValueError("k, exclude and where steer retrieval; with adapters given by hand there is none")
+        return from_hand(sets, len(prompts)), 0.0
+
+    def _prepare(self, prompts: Sequence[Prompt], rows: Sequence[Row], composer: Composer, seconds: float) -> Request:
+        """Load and compose what one batch needs."""
+        start = time.perf_counter()
+        loaded = {ref: self._load(ref) for ref in dict.fromkeys(m.ref for row in rows for m in row)}
+        timings = {"retrieve": seconds, "load": time.perf_counter() - start}
+        return prepare(prompts, rows, loaded, composer, timings, self.base.device)
+
+    def _load(self, ref: AdapterRef) -> Adapter:
+        """An adapter by name in the index, by folder, or as it is."""
+        if isinstance(ref, Adapter):
+            return ref
+        if isinstance(ref, str) and self.index is not None and ref in self.index:
+            return self.store.get(self.index.path(ref), fingerprint=self.index.card(ref).fingerprint, name=ref)
+        if (Path(ref) / "adapter_config.json").is_file():
+            return self.store.get(Path(ref))
+        where = "the engine has no index" if self.index is None else f"the index holds {len(self.index)} others"
+        raise LookupError(f"no adapter {str(ref)!r}: {where}, and there is no adapter folder of that path")
+
+    def _answer(self, request: Request, **generate_kwargs: Any) -> list[Generation]:
+        encoded = encode_prompts(self.base.tokenizer, request.prompts).to(self.base.device)
+        start = time.perf_counter()
+        with self._running(request):
+            output = self.base.model.generate(**encoded, **self._defaults(), **generate_kwargs)
+        request.timings["generate"] = time.perf_counter() - start
+        texts = self._decode(output, encoded["input_ids"].shape[1])
+        each = len(texts) // len(request.prompts)
+        return [
+            request.answer(i, tuple(texts[i * each : (i + 1) * each]), self.base.name)
+            for i in range(len(request.prompts))
+        ]
+
+    @contextmanager
+    def _running(self, request: Request) -> Iterator[None]:
+        with self._lock, torch.inference_mode(), attach(self.base.model, request.deltas):
+            yield
+
+    def _defaults(self) -> dict[str, Any]:
+        return {"pad_token_id": self.base.tokenizer.pad_token_id}
+
+    def _decode(self, output: Tensor, prompt_length: int) -> list[str]:
+        answers = output if self.base.model.config.is_encoder_decoder else output[:, prompt_length:]
+        return [str(text) for text in self.base.tokenizer.batch_decode(answers, skip_special_tokens=True)]

@@ -1,0 +1,131 @@
+"""A SQLite file that several threads and processes share: one connection, WAL, and nested transactions."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_BUSY_SECONDS = 30.0
+
+
+class Database:
+    """One open SQLite file.
+
+    Threads share one connection under a lock that a transaction holds to its end, so no thread ever reads the
+    half-made change of another. Writers of other processes are waited for, up to 30 seconds.
+    """
+
+    def __init__(self, path: Path, mode: str) -> None:
+        self.path = path
+        self.writable = mode in ("rw", "rwc")
+        self._lock = threading.RLock()
+        self._open: sqlite3.Connection | None = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=_BUSY_SECONDS,
+            isolation_level=None,  # transactions are begun and ended below, nowhere else
+            check_same_thread=False,
+        )
+        self._open.execute("PRAGMA foreign_keys = ON")
+
+    @classmethod
+    def create(cls, path: Path, schema: str) -> Database:
+        """A new file with these tables.
+
+        Raises:
+            FileExistsError: the file is there already.
+        """
+        if path.exists():
+            raise FileExistsError(f"{path} exists already; open it or choose another place")
+        database = cls(path, "rwc")
+        database.execute("PRAGMA journal_mode = WAL")
+        database._connection.executescript(f"BEGIN;{schema}COMMIT;")
+        return database
+
+    @classmethod
+    def open(cls, path: Path) -> Database:
+        """An existing file; one that this user cannot write is opened for reading only.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK):
+            return cls(path, "rw")
+        # WAL needs shared memory beside the file. Where none can be made and none is there, nobody writes.
+        return cls(path, "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1")
+
+    def close(self) -> None:
+        """Close the file; closing twice is fine."""
+        with self._lock:
+            if self._open is not None:
+                self._open.close()
+                self._open = None
+
+    def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """All rows of one query."""
+        with self._lock:
+            return self._connection.execute(query, values).fetchall()
+
+    def execute(self, query: str, *values: object) -> int:
+        """Run one statement; returns the id of the row it inserted, if it did."""
+        with self._lock:
+            return self._connection.execute(query, values).lastrowid or 0
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Everything read inside comes from one state of the file."""
+        with self._transaction("BEGIN"):
+            yield
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Everything written inside takes effect at its end, or not at all.
+
+        Raises:
+            PermissionError: the file was opened for reading only.
+        """
+        if not self.writable:
+            raise PermissionError(f"{self.path} cannot be written; copy its folder to a place where it can")
+        with self._transaction("BEGIN IMMEDIATE"):
+            yield
+
+    def damage(self) -> list[str]:
+        """What SQLite finds wrong with the file itself; empty when it is sound."""
+        try:
+            found = [str(row[0]) for row in self.rows("PRAGMA integrity_check")]
+        except sqlite3.DatabaseError as error:
+            return [str(error)]
+        return [] if found == ["ok"] else found
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[None]:
+        with self._lock:
+            connection = self._connection
+            if connection.in_transaction:  # a part of a larger one of this very thread
+                yield
+                return
+            connection.execute(begin)
+            try:
+                yield
+                connection.execute("COMMIT")
+            except BaseException:
+                self._roll_back(connection)
+                raise
+
+    @staticmethod
+    def _roll_back(connection: sqlite3.Connection) -> None:
+        if connection.in_transaction:  # SQLite ends a transaction by itself after some failures, as on a full disk
+            connection.execute("ROLLBACK")
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        if self._open is None:
+            raise ValueError(f"{self.path} was closed; open the index again")
+        return self._open

@@ -1,0 +1,195 @@
+"""Embedders: from texts to unit vectors. A sentence-transformers model by name, or any callable."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loracompose.retrieval.tables import Settings
+
+INSTRUCTION = "Represent the sentence for similar task retrieval: "
+"""What is put before example prompts and searched prompts alike (Zhao et al., LoraRetriever, arXiv:2402.09997)."""
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """Turns texts into vectors. `name` and `revision` together say which function it is, now and next year."""
+
+    @property
+    def name(self) -> str:
+        """Name of the encoder."""
+
+    @property
+    def revision(self) -> str:
+        """Version of the encoder: equal name and revision mean equal vectors."""
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors of the texts, (len(texts), dimension); any norm but zero."""
+
+
+class SentenceTransformerEmbedder:
+    """A sentence-transformers model by name or path, loaded on first use.
+
+    Several threads may call it; they take turns, since a fast tokenizer cannot serve two at once.
+
+    Args:
+        name: a Hub name or a folder; None is the default encoder of this package.
+        device: where it runs.
+        batch_size: texts per forward pass.
+    """
+
+    def __init__(self, name: str | None = None, *, device: str = "cpu", batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if name is None:
+            from loracompose.models import DEFAULT_ENCODER
+
+            name = DEFAULT_ENCODER
+        self.name = name
+        self.device = device
+        self.batch_size = batch_size
+        self._turn = threading.RLock()
+
+    def __repr__(self) -> str:
+        return f"SentenceTransformerEmbedder({self.name!r}, device={self.device!r}, batch_size={self.batch_size})"
+
+    @cached_property
+    def revision(self) -> str:
+        """Revision of the encoder's files; loads the model only if they are not on this machine yet."""
+        from loracompose.models import encoder_revision
+
+        try:
+            return encoder_revision(self.name)
+        except LookupError:  # a Hub name: loading fetches it, or says what to install
+            with self._turn:
+                _ = self._model
+            return encoder_revision(self.name)
+
+    @cached_property
+    def dimension(self) -> int:
+        """Length of a vector; loads the model."""
+        return int(self(["dimension"]).shape[1])
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors of the texts, (len(texts), dimension)."""
+        with self._turn:
+            vectors = self._model.encode(
+                list(texts), batch_size=self.batch_size, convert_to_numpy=True, show_progress_bar=False
+            )
+        return np.asarray(vectors, dtype=np.float32)
+
+    @cached_property
+    def _model(self) -> Any:
+        from loracompose.models import load_encoder  # here, for it takes seconds and not every use of an index embeds
+
+        return load_encoder(self.name, self.device)
+
+
+class CallableEmbedder:
+    """Any function from a list of texts to a (len(texts), dimension) array, under a name of your choice.
+
+    Args:
+        function: the function.
+        name: what the index stores and checks on opening.
+        revision: change it whenever the function's vectors change.
+    """
+
+    def __init__(self, function: Callable[[list[str]], Any], name: str, revision: str = "") -> None:
+        if not name:
+            raise ValueError("an embedder needs a name: the index stores it and checks it on opening")
+        self.function = function
+        self.name = name
+        self.revision = revision
+
+    def __repr__(self) -> str:
+        return f"CallableEmbedder({self.function!r}, {self.name!r}, {self.revision!r})"
+
+    @cached_property
+    def dimension(self) -> int:
+        """Length of a vector; found by one call."""
+        return int(unit_vectors(self, ["dimension"]).shape[1])
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors of the texts, (len(texts), dimension)."""
+        return np.asarray(self.function(list(texts)), dtype=np.float32)
+
+
+def as_embedder(given: Embedder | str | None) -> Embedder:
+    """The embedder itself, or the sentence-transformers model of that name; None is the default encoder.
+
+    Raises:
+        ValueError: it is neither; a bare function has no name that could be checked on opening.
+    """
+    if given is None or isinstance(given, str):
+        return SentenceTransformerEmbedder(given)
+    missing = [part for part in ("name", "revision", "dimension") if not hasattr(type(given), part)]
+    if not callable(given) or (missing and not isinstance(given, Embedder)):
+        raise ValueError(
+            f"embedder {given!r} has no {', '.join(missing) or '__call__'}; wrap a function as "
+            "CallableEmbedder(function, name), or give the name of a sentence-transformers model"
+        )
+    return given
+
+
+def unit_vectors(embedder: Embedder, texts: Sequence[str], dimension: int | None = None) -> NDArray[np.float32]:
+    """Checked unit vectors of the texts, (len(texts), dimension); each distinct text is embedded once.
+
+    Raises:
+        ValueError: the embedder returned another shape, a value that is not finite, or a zero vector.
+    """
+    distinct = list(dict.fromkeys(texts))
+    vectors = np.asarray(embedder(distinct), dtype=np.float32)
+    if vectors.ndim != 2 or len(vectors) != len(distinct) or vectors.shape[1] != (dimension or vectors.shape[1]):
+        raise ValueError(
+            f"embedder {embedder.name!r} returned shape {vectors.shape} for {len(distinct)} texts, "
+            f"expected ({len(distinct)}, {dimension or 'dimension'})"
+        )
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)  # (distinct, 1)
+    broken = ~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0)
+    if broken.any():
+        text = distinct[int(np.argmax(broken))]
+        raise ValueError(f"embedder {embedder.name!r} returned a zero or non-finite vector for {text[:80]!r}")
+    place = {text: row for row, text in enumerate(distinct)}
+    unit: NDArray[np.float32] = (vectors / norms)[[place[text] for text in texts]]
+    return unit
+
+
+def representation(examples: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+    """The vector that stands for an adapter, (dimension,): the renormalised mean of its unit examples.
+
+    Raises:
+        ValueError: the examples cancel out.
+    """
+    mean = examples.mean(axis=0, dtype=np.float64)
+    norm = float(np.linalg.norm(mean))
+    if not norm > 1e-6:
+        raise ValueError(
+            f"{name}: the embeddings of its examples are not finite or cancel out (mean of norm {norm:.1e}); "
+            "give other examples, or embed again with AdapterIndex.open(folder, reembed=True)"
+        )
+    unit: NDArray[np.float32] = (mean / norm).astype(np.float32)
+    return unit
+
+
+def check_encoder(settings: Settings, embedder: Embedder) -> None:
+    """Refuse an embedder that is not the one an index was embedded with.
+
+    Raises:
+        ValueError: its name or its revision differs from the stored one.
+    """
+    stored, given = (settings.encoder, settings.revision), (embedder.name, embedder.revision)
+    if stored != given:
+        raise ValueError(
+            f"the index was embedded with {stored[0]!r} (revision {stored[1]!r}), this embedder is {given[0]!r} "
+            f"(revision {given[1]!r}); their vectors do not compare. Pass the encoder it was embedded with, or "
+            "embed everything anew: AdapterIndex.open(folder, embedder=..., reembed=True)"
+        )

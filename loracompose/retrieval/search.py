@@ -1,0 +1,68 @@
+"""Exact search in one snapshot: the best k allowed adapters for each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loracompose.retrieval.result import Retrieval
+from loracompose.retrieval.snapshot import Snapshot
+from loracompose.retrieval.weighting import softmax_weights
+
+_FAISS: Any = faiss  # its stubs know the constructors of C++, not those of Python
+
+
+def search(
+    snapshot: Snapshot,
+    queries: NDArray[np.float32],
+    k: int,
+    allowed: NDArray[np.bool_],
+    excluded: Sequence[set[int]],
+) -> Retrieval:
+    """The k best rows for each query among those allowed and not excluded; fewer only if there are fewer.
+
+    Args:
+        snapshot: what to search.
+        queries: unit vectors, (batch, dimension).
+        k: at least 1.
+        allowed: rows that pass the filter, (N,).
+        excluded: for each query the rows it must not get.
+    """
+    rows, scores = _nearest(snapshot, queries, k, allowed, excluded)  # (batch, k')
+    retrieved = np.isfinite(scores)
+    columns = np.unique(rows[retrieved])  # (K,), ascending: index order
+    table = np.full((len(queries), len(columns)), -np.inf, dtype=np.float32)
+    prompts = np.nonzero(retrieved)[0]
+    table[prompts, np.searchsorted(columns, rows[retrieved])] = scores[retrieved]
+    found = torch.from_numpy(table)  # (batch, K)
+    cards = tuple(snapshot.cards[row] for row in columns)
+    return Retrieval(cards, found, softmax_weights(found, snapshot.temperature))
+
+
+def _nearest(
+    snapshot: Snapshot,
+    queries: NDArray[np.float32],
+    k: int,
+    allowed: NDArray[np.bool_],
+    excluded: Sequence[set[int]],
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Rows and scores, best first, of equals the earlier row; score -inf where there are not k of them."""
+    longest = max(len(rows) for rows in excluded)
+    # Whoever excludes m rows may lose m of the best: fetch that many more, and nothing allowed is missed.
+    fetch = min(k + longest, int(allowed.sum()))
+    if fetch == 0:
+        empty = np.zeros((len(queries), 0))
+        return empty.astype(np.int64), empty.astype(np.float32)
+    selector = None if allowed.all() else _FAISS.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+    options = None if selector is None else _FAISS.SearchParameters(sel=selector)
+    scores, rows = snapshot.vectors.search(queries, fetch, params=options)  # (batch, fetch)
+    for scored, found, banned in zip(scores, rows, excluded, strict=True):
+        if banned:
+            scored[np.isin(found, list(banned))] = -np.inf
+    order = np.lexsort((rows, -scores), axis=-1)[:, :k]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)

@@ -1,0 +1,96 @@
+"""From scores to weights: softmax, uniform or all on the best, and the temperature that fits an index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Weighting = Literal["softmax", "uniform", "top1"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+
+DEFAULT_TEMPERATURE = 0.05
+"""Used where there is nothing to fit: one adapter, or one example each."""
+
+SHARPEST, FLATTEST = 0.002, 1.0
+
+
+def softmax_weights(scores: Tensor, temperature: float) -> Tensor:
+    """softmax(scores / temperature) over the retrieved of each row.
+
+    Args:
+        scores: (batch, K), -inf where not retrieved.
+        temperature: above 0; the smaller, the sharper.
+
+    Returns:
+        (batch, K) float32, rows sum to 1, or to 0 where nothing was retrieved.
+    """
+    return torch.softmax(scores.double() / temperature, dim=-1).nan_to_num(0.0).float()
+
+
+def uniform_weights(scores: Tensor) -> Tensor:
+    """The same weight for each retrieved adapter, (batch, K) float32; the weights of LoraRetriever's mixture."""
+    retrieved = torch.isfinite(scores).float()
+    return retrieved / retrieved.sum(dim=-1, keepdim=True).clamp(min=1.0)
+
+
+def top1_weights(scores: Tensor) -> Tensor:
+    """Weight 1 on the best retrieved adapter, the first of equals, (batch, K) float32."""
+    weights = torch.zeros_like(scores, dtype=torch.float32)
+    if scores.shape[-1]:
+        best = scores.argmax(dim=-1, keepdim=True)  # (batch, 1)
+        weights.scatter_(-1, best, 1.0)
+    return weights * torch.isfinite(scores)
+
+
+def fit_temperature(means: NDArray[np.float32], examples: Sequence[NDArray[np.float32]], rows: Sequence[int]) -> float:
+    """The temperature under which held-out example prompts choose their own adapter with the best likelihood.
+
+    Each example is held out in turn: the mean of its own adapter is taken without it. The mean negative log
+    likelihood of the own adapter, under a softmax over all adapters, is convex in 1 / temperature; its derivative
+    E_p[score] - own score is bisected over [0.002, 1]. Ours; LoraRetriever weighs uniformly.
+
+    Args:
+        means: representations of all N adapters, (N, dimension), unit.
+        examples: unit embeddings of the examples of some adapters, each (examples, dimension).
+        rows: the row of `means` that each of them belongs to.
+
+    Returns:
+        The temperature; `DEFAULT_TEMPERATURE` if there are fewer than two adapters or nothing to hold out.
+    """
+    held_out = [_held_out(means, own, row) for own, row in zip(examples, rows, strict=True) if len(own) > 1]
+    if len(means) < 2 or not held_out:
+        return DEFAULT_TEMPERATURE
+    scores = np.concatenate([part for part, _ in held_out])  # (queries, N)
+    own = np.concatenate([part for _, part in held_out])  # (queries,)
+    if not len(own):
+        return DEFAULT_TEMPERATURE
+    below = scores - scores.max(axis=1, keepdims=True)  # shifted once, for exp at any temperature
+    gap = own - scores.max(axis=1)  # (queries,)
+    low, high = np.log(SHARPEST), np.log(FLATTEST)
+    for _ in range(16):
+        middle = (low + high) / 2
+        p = np.exp(below / np.exp(middle, dtype=np.float32))
+        expected = (p * below).sum(axis=1) / p.sum(axis=1)
+        if float(np.mean(expected - gap)) > 0:  # the likelihood falls with 1 / temperature: too sharp
+            low = middle
+        else:
+            high = middle
+    return float(np.exp((low + high) / 2))
+
+
+def _held_out(
+    means: NDArray[np.float32], own: NDArray[np.float32], row: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scores of one adapter's examples, (m, N), with its own mean leaving each out; and its own column, (m,)."""
+    rest = own.sum(axis=0) - own  # (m, dimension), the sum over the other examples
+    norms = np.linalg.norm(rest, axis=1)
+    usable = norms > 1e-6
+    kept, rest = own[usable], rest[usable] / norms[usable, None]
+    scores = kept @ means.T  # (m, N)
+    scores[:, row] = np.einsum("md,md->m", kept, rest)
+    return scores, scores[:, row].copy()

@@ -1,0 +1,56 @@
+"""What one answer is made of: the text and the trace that explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from loracompose.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class AdapterUse:
+    """One adapter of one answer.
+
+    Attributes:
+        name: the adapter's name in the index, or its own.
+        fingerprint: content identity of what really ran.
+        score: similarity found by retrieval; None if the set was given by hand.
+        weight: what the composer was given; 0 means retrieved but not used.
+    """
+
+    name: str
+    fingerprint: str
+    score: float | None
+    weight: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One prompt's answer with its trace.
+
+    Attributes:
+        prompt: as it was given.
+        texts: the answers, one per return sequence.
+        composer: repr of the composer, hyper-parameters included.
+        adapters: what was retrieved or given, largest weight first; empty if the base model answered alone.
+        timings: seconds spent on this prompt's batch: retrieve, load, compose, generate.
+        notes: anything unusual, such as an adapter made for a base of another name.
+    """
+
+    prompt: Prompt
+    texts: tuple[str, ...]
+    composer: str
+    adapters: tuple[AdapterUse, ...]
+    timings: Mapping[str, float] = field(compare=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The answer, or the first of several."""
+        return self.texts[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole trace as JSON values."""
+        return {**asdict(self), "text": self.text, "timings": dict(self.timings)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import copy
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,39 +134,13 @@ def wrap_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None 
 
     Raises:
         LookupError: no tokenizer was given and the model does not know where it came from.
+        ValueError: the tokenizer can neither pad nor end a text.
     """
     name = str(model.config.name_or_path or "")
     if tokenizer is None and not name:
         raise LookupError(f"this {type(model).__name__} does not know where it came from: pass its tokenizer as well")
-    if tokenizer is None:
-        path = resolve_base(name).path_or_name
-        if path.endswith(".gguf"):
-            path = str(unpack_gguf(Path(path)))
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    own = _padding_left(copy.deepcopy(tokenizer), name)
-    return BaseModel(model.eval(), own, name, "path", model.device, model.dtype)
-
-
-def wrap_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> BaseModel:
-    """A model that somebody loaded, as a `BaseModel`, where it lies and in its dtype.
-
-    The tokenizer is copied before it is set to pad on the left; without one, that of the model's own folder or
-    Hub name is loaded.
-
-    Raises:
-        LookupError: no tokenizer is given, and the model does not come from a folder or a name that is found.
-        ValueError: the tokenizer can neither pad nor end a text, or the model is in training mode.
-    """
-    name = str(model.name_or_path)
-    if model.training:
-        raise ValueError(f"the model {name!r} is in training mode: call model.eval() first")
-    if tokenizer is None:
-        if not name:
-            raise LookupError("the model has no name to find its tokenizer by: give the tokenizer too")
-        own = load_tokenizer(name)
-    else:
-        own = _padding_left(copy.deepcopy(tokenizer), name)
-    return BaseModel(model, own, name, "given", model.device, model.dtype)
+    own = load_tokenizer(name) if tokenizer is None else _padding_left(copy.deepcopy(tokenizer), name)
+    return BaseModel(model.eval(), own, name, "given", model.device, model.dtype)
 
 
 def load_tokenizer(name_or_path: str | Path = DEFAULT_BASE) -> PreTrainedTokenizerBase:

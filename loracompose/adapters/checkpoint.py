@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+import loracompose
 from loracompose.adapters.base import Base, as_module, check_complete
 from loracompose.adapters.folder import CONFIG, RECIPE, WEIGHTS, read_json_object, write_folder, write_json
 from loracompose.adapters.header import DTYPES
@@ -220,5 +221,5 @@ def _recipe(adapter: Adapter) -> Mapping[str, Any]:
     recipe = adapter.recipe if adapter.recipe is not None else {"method": "copy", "sources": [source]}
     if "versions" in recipe:
         raise ValueError(f"{adapter.name}: the recipe's key 'versions' is written by save_adapter; rename it")
-    packages = ("loracompose", "torch", "peft")
-    return {**recipe, "versions": {package: importlib.metadata.version(package) for package in packages}}
+    versions = {"loracompose": loracompose.__version__, "torch": str(torch.__version__), "peft": peft.__version__}
+    return {**recipe, "versions": versions}

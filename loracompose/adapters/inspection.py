@@ -74,7 +74,7 @@ def inspect_folder(path: Path | str, *, base: Base | None = None) -> Inspection:
     files = _attempt(problems, lambda: _list_files(folder, name)) or ()
     settings = _attempt(problems, lambda: read_config(folder, name))
     entries = _attempt(problems, lambda: read_entries(folder, name)) if folder.is_dir() else None
-    if RECIPE in files:
+    if (folder / RECIPE).exists():
         _attempt(problems, lambda: read_json_object(folder / RECIPE))
     layout: AdapterLayout | None = None
     if settings is not None and entries is not None:

@@ -30,15 +30,16 @@ def compose(
     loaded = [load_adapter(folder) for folder in folders]
     merged = merge(loaded, given, composer=options.parse_composer(composer, settings))
     save_adapter(merged, output, overwrite=overwrite)
+    written = load_adapter(output)  # read back: the identity reported is that of the files
     recipe = dict(merged.recipe or {})
     if as_json:
-        tables.show_json({"folder": str(output), "fingerprint": merged.fingerprint, **recipe})
+        tables.show_json({"folder": str(output), "fingerprint": written.fingerprint, **recipe})
         return
-    ranks = [f.rank for f in merged.factors.values()]
+    ranks = [f.rank for f in written.factors.values()]
     rows = [(s["name"], f"{s['weight']:.3f}", s["fingerprint"][:12]) for s in recipe["sources"]]
     out = tables.console()
     out.print(tables.table(recipe["composer"], ("source", "weight", "fingerprint"), rows, right=(1,)))
     out.print(
-        f"{output}: {len(ranks)} modules, rank {max(ranks)}, {merged.nbytes / 1e6:.1f} MB, "
+        f"{output}: {len(ranks)} modules, rank {max(ranks)}, {written.nbytes / 1e6:.1f} MB, "
         f"relative error against the weighted sum {recipe['relative_error']:.2g}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +37,7 @@ def parse_composer(name: str, settings: list[str] | None) -> Composer:
     if not settings:
         return get_composer(name)
     kind = type(get_composer(name))
-    known = tuple(getattr(kind, "__dataclass_fields__", {}))
+    known = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
     values = {}
     for setting in settings:
         key, equals, text = setting.partition("=")

@@ -8,7 +8,6 @@ and by the factors handed back, not by the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,29 +15,33 @@ from torch import Tensor
 from loracompose.composition.grouping import ModuleGroup
 from loracompose.composition.linalg import truncate
 
-BLOCK_BYTES = 1 << 26
-"""Default budget of one block: 64 MiB for the dense rows of all members and their sum."""
+BLOCK_BYTES = 1 << 28
+"""Default budget of dense entries in memory at once: 256 MiB holds the largest matrix of an 8B model in float32."""
+
+BLOCK_ENTRIES = 1 << 18  # of one block: small enough to stay in the cache between the operations on it
 
 OVERSAMPLING = 8
 POWER_ITERATIONS = 2
 
 Block = tuple[slice, Tensor]  # rows, (G, rows, d_in)
+Blocks = Callable[[], Iterable[Block]]  # makes the blocks of all rows anew, in order
 
 
 def chunks(groups: Sequence[ModuleGroup], block_bytes: int) -> list[ModuleGroup]:
-    """Groups cut so that each either fits in one block or is a single module."""
+    """Groups cut so that the updates of each fit in the budget, or it is a single module."""
     return [part for group in groups for part in group.split(max(1, block_bytes // (_row_bytes(group) * group.d_out)))]
 
 
 def row_blocks(chunk: ModuleGroup, block_bytes: int) -> Iterator[slice]:
-    """The rows of a chunk in slices that fit the budget, at least one row each."""
-    height = max(1, block_bytes // (_row_bytes(chunk) * len(chunk.modules)))
+    """The rows of a chunk in slices that fit the budget and the cache, at least one row each."""
+    budget = min(block_bytes, BLOCK_ENTRIES * chunk.working_dtype.itemsize)
+    height = max(1, budget // (_row_bytes(chunk) * len(chunk.modules)))
     for start in range(0, chunk.d_out, height):
         yield slice(start, min(start + height, chunk.d_out))
 
 
 def _row_bytes(group: ModuleGroup) -> int:
-    return group.d_in * group.working_dtype.itemsize * (len(group.members) + 1)
+    return group.d_in * group.working_dtype.itemsize
 
 
 def member_updates(chunk: ModuleGroup, rows: slice) -> list[Tensor]:
@@ -47,7 +50,7 @@ def member_updates(chunk: ModuleGroup, rows: slice) -> list[Tensor]:
     return [B[:, rows].to(dtype) @ A.to(dtype) for A, B in zip(chunk.A, chunk.B, strict=True)]
 
 
-def compress(chunk: ModuleGroup, blocks: Callable[[], Iterable[Block]], rank: int, seed: int) -> tuple[Tensor, Tensor]:
+def compress(chunk: ModuleGroup, blocks: Blocks, rank: int, seed: int, block_bytes: int) -> tuple[Tensor, Tensor]:
     """Factors of at most `rank` ranks for modules given as blocks of rows.
 
     Randomised range finder with 8 ranks of oversampling and 2 power iterations (Halko, Martinsson and Tropp,
@@ -56,24 +59,35 @@ def compress(chunk: ModuleGroup, blocks: Callable[[], Iterable[Block]], rank: in
     with the identity as its other factor: exact, and no larger than what a decomposition would return.
 
     Args:
-        chunk: the modules; only their widths are used.
-        blocks: makes the blocks anew; called once if they are one block, six times otherwise.
+        chunk: the modules; only their widths, dtype and device are used.
+        blocks: makes the blocks; called once if the updates fit in the budget, six times otherwise.
         rank: ranks to keep.
         seed: of the random test matrix, which all modules share.
+        block_bytes: budget within which the updates are kept instead of being made again.
 
     Returns:
         A (G, rank', d_in) and B (G, d_out, rank') with rank' = min(rank, d_in, d_out).
     """
     narrow = min(chunk.d_in, chunk.d_out)
-    made = list(islice(blocks(), 2))
-    sweep: Callable[[], Iterable[Block]] = (lambda: made) if len(made) == 1 else blocks
     if rank >= narrow:
-        return _identity_factors(torch.cat([block for _, block in sweep()], dim=1))
-    test = _test_matrix(chunk, min(rank + OVERSAMPLING, narrow), seed)  # (d_in, l)
-    Q = _range(sweep, test)  # (G, d_out, l)
+        return _identity_factors(_whole(chunk, blocks))
+    if _row_bytes(chunk) * chunk.d_out * len(chunk.modules) <= block_bytes:
+        kept = [(slice(None), _whole(chunk, blocks))]
+        blocks = lambda: kept  # noqa: E731
+    P = _test_matrix(chunk, min(rank + OVERSAMPLING, narrow), seed)  # (d_in, l)
+    Q = _range(blocks, P)  # (G, d_out, l)
     for _ in range(POWER_ITERATIONS):
-        Q = _range(sweep, torch.linalg.qr(_pull(chunk, sweep, Q)).Q)
-    return truncate(_pull(chunk, sweep, Q).mT, Q, rank)
+        Q = _range(blocks, torch.linalg.qr(_pull(chunk, blocks, Q)).Q)
+    return truncate(_pull(chunk, blocks, Q).mT, Q, rank)
+
+
+def _whole(chunk: ModuleGroup, blocks: Blocks) -> Tensor:
+    """The updates of the chunk, (G, d_out, d_in)."""
+    shape = (len(chunk.modules), chunk.d_out, chunk.d_in)
+    update = torch.empty(shape, dtype=chunk.working_dtype, device=chunk.A[0].device)
+    for rows, block in blocks():
+        update[:, rows] = block
+    return update
 
 
 def _identity_factors(update: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,15 +102,15 @@ def _test_matrix(chunk: ModuleGroup, columns: int, seed: int) -> Tensor:
     return test.to(chunk.A[0].device, chunk.working_dtype)
 
 
-def _range(sweep: Callable[[], Iterable[Block]], P: Tensor) -> Tensor:
+def _range(blocks: Blocks, P: Tensor) -> Tensor:
     """An orthonormal basis of delta_W P, (G, d_out, l)."""
-    basis: Tensor = torch.linalg.qr(torch.cat([block @ P for _, block in sweep()], dim=1)).Q
+    basis: Tensor = torch.linalg.qr(torch.cat([block @ P for _, block in blocks()], dim=1)).Q
     return basis
 
 
-def _pull(chunk: ModuleGroup, sweep: Callable[[], Iterable[Block]], Q: Tensor) -> Tensor:
+def _pull(chunk: ModuleGroup, blocks: Blocks, Q: Tensor) -> Tensor:
     """delta_Wᵀ Q, (G, d_in, l)."""
     pulled = torch.zeros(Q.shape[0], chunk.d_in, Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    for rows, block in sweep():
+    for rows, block in blocks():
         pulled += block.mT @ Q[:, rows]
     return pulled

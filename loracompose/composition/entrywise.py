@@ -59,7 +59,7 @@ class EntrywiseMerge:
         composed: dict[str, tuple[Tensor, Tensor]] = {}
         for part in parts:
             rank = part.total_rank if self.rank is None else self.rank
-            A, B = compress(part, self._composed_blocks(part, w, thresholds), rank, self.seed)
+            A, B = compress(part, self._composed_blocks(part, w, thresholds), rank, self.seed, self.block_bytes)
             composed |= part.unstack(A, self.scale * B)
         return composed
 

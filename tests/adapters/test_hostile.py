@@ -1,0 +1,235 @@
+"""Whatever bytes an upload holds, reading it ends in an adapter or in ValueError or LookupError, nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from loracompose import Adapter, load_adapter
+from loracompose.adapters.header import MAX_HEADER_BYTES, read_header
+from loracompose.adapters.inspection import inspect_folder
+from loracompose.adapters.patterns import check_pattern
+from tests.tiny import peft_adapter
+
+FAST = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    return peft_adapter(tmp_path_factory.mktemp("plain"), r=1)[0]
+
+
+@pytest.fixture
+def folder(plain, tmp_path) -> Path:
+    return Path(shutil.copytree(plain, tmp_path / "upload"))
+
+
+def outcome(folder: Path) -> Adapter | None:
+    """The adapter, or None if it was refused with one of the two promised errors; inspection must never raise."""
+    found = inspect_folder(folder)
+    try:
+        adapter = load_adapter(folder)
+    except (ValueError, LookupError):
+        return None
+    assert found.ok, found.problems
+    return adapter
+
+
+def split(folder: Path) -> tuple[dict, bytes]:
+    raw = (folder / "adapter_model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def assemble(folder: Path, header: object, data: bytes) -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+    return folder
+
+
+@FAST
+@given(raw=st.binary(max_size=200))
+def test_random_bytes_as_weights_are_refused(folder, raw):
+    (folder / "adapter_model.safetensors").write_bytes(raw)
+    assert outcome(folder) is None
+
+
+@FAST
+@given(raw=st.binary(max_size=200))
+def test_random_bytes_as_configuration_are_refused(folder, raw):
+    (folder / "adapter_config.json").write_bytes(raw)
+    assert outcome(folder) is None
+
+
+@FAST
+@given(edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4), whole=st.booleans())
+def test_flipped_bytes_load_or_are_refused(folder, plain, edits, whole):
+    raw = bytearray((plain / "adapter_model.safetensors").read_bytes())
+    reach = len(raw) if whole else 8 + int.from_bytes(raw[:8], "little")
+    for place, value in edits:
+        raw[int(place * (reach - 1))] = value
+    (folder / "adapter_model.safetensors").write_bytes(raw)
+    outcome(folder)
+
+
+@FAST
+@given(cut=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_is_refused(folder, plain, cut):
+    raw = (plain / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(raw[: int(cut * len(raw))])
+    assert outcome(folder) is None
+    assert not inspect_folder(folder).ok
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@FAST
+@given(data=st.data(), value=json_values)
+def test_any_value_in_any_field_of_the_header_loads_or_is_refused(folder, plain, data, value):
+    header, tensors = split(plain)
+    name = data.draw(st.sampled_from(sorted(header)))
+    field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "extra", None]))
+    if field is None:
+        header[name] = value
+    else:
+        header[name][field] = value
+    outcome(assemble(folder, header, tensors))
+
+
+@FAST
+@given(data=st.data(), value=json_values)
+def test_any_value_in_any_field_of_the_configuration_loads_or_is_refused(folder, plain, data, value):
+    config = json.loads((plain / "adapter_config.json").read_text())
+    config[data.draw(st.sampled_from(sorted(config)))] = value
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    outcome(folder)
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def with_entry(**fields):
+    return lambda header: {**header, A: {**header[A], **fields}}
+
+
+HEADERS = {
+    "overlap": (with_entry(data_offsets=[4, 132]), "begins at byte"),
+    "gap at the end": (lambda h: {k: v for k, v in h.items() if k != A}, "begins at byte|tensors take"),
+    "past the end": (with_entry(shape=[1, 2**40], data_offsets=[0, 2**42]), "begins at byte|truncated"),
+    "shape and bytes disagree": (with_entry(shape=[1, 31]), "cannot fill"),
+    "product overflows 64 bits": (with_entry(shape=[2**40, 2**40]), "cannot fill"),
+    "negative size": (with_entry(shape=[-1, -32]), "expected positive integers"),
+    "empty dimension": (with_entry(shape=[0, 32], data_offsets=[0, 0]), "expected positive integers"),
+    "true for a size": (with_entry(shape=[True, 32]), "expected positive integers"),
+    "reversed offsets": (with_entry(data_offsets=[128, 0]), "cannot fill"),
+    "integer dtype": (with_entry(dtype="I64"), "has dtype 'I64'"),
+    "eight-bit float": (with_entry(dtype="F8_E4M3"), "has dtype 'F8_E4M3'"),
+    "list for a dtype": (with_entry(dtype=["F32"]), "has dtype"),
+    "an unknown field": (with_entry(extra=1), "must hold dtype, shape and data_offsets"),
+    "an unprintable name": (lambda h: {**h, "a\0b": h[A]}, "not printable"),
+    "a surrogate in a name": (lambda h: {**h, "\ud800": h[A]}, "not printable"),
+    "an endless name": (lambda h: {**h, "a" * 5000: h[A]}, "too long"),
+    "a list": (lambda h: [h], "must hold a JSON object"),
+    "nested deeply": (lambda h: b"[" * 200_000, "nested too deeply|not valid JSON"),
+    "a name twice": (lambda h: b'{"a":1,' * 1 + b'"a":2}', "'a' occurs twice"),
+    "no number": (lambda h: b'{"a": NaN}', "NaN is not JSON"),
+    "a giant number": (lambda h: b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+    "broken text": (lambda h: b'{"a": "\xff"}', "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_malformed_header_is_refused_for_its_reason(folder, plain, case):
+    change, message = HEADERS[case]
+    header, data = split(plain)
+    with pytest.raises(ValueError, match=message):
+        read_header(assemble(folder, change(header), data) / "adapter_model.safetensors")
+    assert outcome(folder) is None
+    assert not inspect_folder(folder).ok
+
+
+def test_bytes_that_no_tensor_owns_are_refused(folder, plain):
+    header, data = split(plain)
+    with pytest.raises(ValueError, match="truncated or padded"):
+        read_header(assemble(folder, header, data + b"\0") / "adapter_model.safetensors")
+
+
+def test_a_header_longer_than_the_limit_is_refused_before_it_is_read(tmp_path):
+    file = tmp_path / "adapter_model.safetensors"
+    with file.open("wb") as out:  # a sparse file: the bytes are never written
+        out.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
+        out.truncate(MAX_HEADER_BYTES + 1000)
+    with pytest.raises(ValueError, match="at most 100000000 are read"):
+        read_header(file)
+
+
+def test_a_file_larger_than_the_limit_is_refused_before_it_is_read(tmp_path):
+    file = tmp_path / "adapter_model.safetensors"
+    with file.open("wb") as out:
+        out.truncate(2**37)
+    with pytest.raises(ValueError, match="an adapter may have"):
+        read_header(file)
+
+
+def test_a_configuration_larger_than_the_limit_is_refused_before_it_is_read(folder):
+    with (folder / "adapter_config.json").open("r+b") as out:
+        out.truncate(2**30)
+    with pytest.raises(ValueError, match="at most 16000000 are read"):
+        load_adapter(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_in_place_of_a_file_does_not_block(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match="not a regular file"):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_in_place_of_a_file_is_refused(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(ValueError, match="not a regular file"):
+        load_adapter(folder)
+
+
+def test_a_valid_file_is_described_by_its_header(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}, file, metadata={"k": "v"})
+    entries = read_header(file)
+    assert {name: (e.dtype, e.shape, e.end - e.begin) for name, e in entries.items()} == {
+        "a": (torch.float32, (2, 3), 24),
+        "b": (torch.bfloat16, (4,), 8),
+    }
+
+
+@pytest.mark.parametrize("pattern", [r"(a+)+b", r"(.*)*q", r"((x|y)+)*", r"(\w{1,40}){1,40}z", r"(aa|a)+b", r"(a?a)*b"])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_would_match_forever_is_refused(folder, field, pattern):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config[field] = {pattern: 2} if field.endswith("pattern") else pattern
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="repeats a choice"):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r".*\.(q|v)_proj", r"(.*\.)?layers\.\d+\.q", r"(?:.*?(?:a|bc).*?(?:q|kv).*?)|x", ""]
+)
+def test_an_ordinary_pattern_is_allowed(pattern):
+    check_pattern(pattern)

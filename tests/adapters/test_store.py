@@ -1,0 +1,288 @@
+"""The store: one read for many, bounded by bytes, known by content, and nothing remembered of a failure."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import loracompose.adapters.store as module
+from loracompose import Adapter, AdapterStore, LoraFactors, load_adapter, save_adapter
+from loracompose.adapters.store import ChangedAdapterError
+from tests.tiny import CONFIGS, peft_adapter
+
+THREADS = 6
+PATIENCE = 20.0  # seconds until a thread that never comes fails a test
+
+
+def write(folder: Path, seed: int, *, rank: int = 2, overwrite: bool = False) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(rank, 8, generator=generator), torch.randn(8, rank, generator=generator)
+    return save_adapter(Adapter(folder.name, {"layers.0.q": LoraFactors(A, B)}), folder, overwrite=overwrite)
+
+
+SIZE = 2 * 2 * 8 * 4  # bytes of one such adapter of rank 2
+
+
+@pytest.fixture
+def pool(tmp_path) -> list[Path]:
+    return [write(tmp_path / name, seed) for seed, name in enumerate("abcd")]
+
+
+class Reads:
+    """Counts the reads a store makes, and lets a test act in the middle of one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.during = lambda: None
+        self._read = module.read_adapter
+        monkeypatch.setattr(module, "read_adapter", self)
+
+    def __call__(self, layout):
+        self.count += 1
+        self.during()
+        return self._read(layout)
+
+
+@pytest.fixture
+def reads(monkeypatch) -> Reads:
+    return Reads(monkeypatch)
+
+
+def test_nothing_is_read_before_it_is_asked_for_and_then_once(pool, reads):
+    store = AdapterStore()
+    assert reads.count == 0
+    first = store.get(pool[0])
+    assert store.get(str(pool[0])).factors["layers.0.q"] is first.factors["layers.0.q"]
+    assert reads.count == 1
+    assert (store.stats.hits, store.stats.misses, store.stats.bytes, store.stats.adapters) == (1, 1, SIZE, 1)
+
+
+def test_it_gives_what_load_adapter_gives(tmp_path):
+    folder, _ = peft_adapter(tmp_path, use_rslora=True)
+    got, want = AdapterStore().get(folder), load_adapter(folder)
+    assert (got.name, got.fingerprint, got.task_type) == (want.name, want.fingerprint, want.task_type)
+    assert all(torch.equal(got.factors[m].B, factors.B) for m, factors in want.factors.items())
+
+
+def test_the_least_recently_used_goes_first(pool, reads):
+    store = AdapterStore(max_bytes=2 * SIZE)
+    a, b, c, _ = pool
+    for path in (a, b, a, c):  # a was used after b, so c pushes b out
+        store.get(path)
+    assert (store.stats.evictions, store.stats.bytes, reads.count) == (1, 2 * SIZE, 3)
+    store.get(a)
+    store.get(c)
+    assert reads.count == 3
+    store.get(b)
+    assert reads.count == 4
+
+
+@pytest.mark.parametrize("room", [0, SIZE - 1])
+def test_an_adapter_larger_than_the_bound_is_returned_but_not_kept(pool, reads, room):
+    store = AdapterStore(max_bytes=room)
+    store.get(pool[0])
+    assert store.get(pool[0]).fingerprint == load_adapter(pool[0]).fingerprint
+    assert (reads.count, store.stats.bytes, store.stats.adapters, store.stats.evictions) == (2, 0, 0, 0)
+
+
+def test_an_adapter_as_large_as_the_bound_is_kept(pool):
+    store = AdapterStore(max_bytes=SIZE)
+    store.get(pool[0])
+    store.get(pool[1])
+    assert (store.stats.bytes, store.stats.adapters, store.stats.evictions) == (SIZE, 1, 1)
+
+
+def test_a_large_adapter_does_not_push_the_others_out(pool, tmp_path, reads):
+    store = AdapterStore(max_bytes=2 * SIZE)
+    store.get(pool[0])
+    store.get(write(tmp_path / "large", 9, rank=8))
+    store.get(pool[0])
+    assert reads.count == 2
+
+
+def test_each_device_and_dtype_has_one_copy(pool, reads):
+    store = AdapterStore()
+    full, half = store.get(pool[0]), store.get(pool[0], dtype=torch.bfloat16)
+    assert half.factors["layers.0.q"].A.dtype == torch.bfloat16
+    assert half.fingerprint == full.fingerprint
+    assert store.get(pool[0], dtype=torch.float32).factors["layers.0.q"] is full.factors["layers.0.q"]
+    assert store.get(pool[0], device="cpu", dtype=torch.bfloat16).factors["layers.0.q"] is half.factors["layers.0.q"]
+    assert store.get(pool[0], device="meta").factors["layers.0.q"].A.is_meta
+    assert (reads.count, store.stats.adapters) == (3, 3)
+    assert AdapterStore(dtype=torch.float16).get(pool[0]).factors["layers.0.q"].A.dtype == torch.float16
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        store.get(pool[0], dtype=torch.int8)
+
+
+def test_equal_content_in_two_folders_shares_one_copy(tmp_path):
+    store = AdapterStore()
+    one, two = store.get(write(tmp_path / "one", 1)), store.get(write(tmp_path / "two", 1))
+    assert (one.name, two.name, store.stats.adapters) == ("one", "two", 1)
+    assert one.factors["layers.0.q"] is two.factors["layers.0.q"]
+    assert store.get(tmp_path / "one", name="other").name == "other"
+    assert store.get(tmp_path / "one").name == "one"
+
+
+def test_a_trusted_folder_is_hashed_once(pool, monkeypatch):
+    hashed = []
+    digest = module.Adapter.fingerprint.func
+    counted = property(lambda self: self.known_fingerprint or (hashed.append(self.name), digest(self))[1])
+    monkeypatch.setattr(module.Adapter, "fingerprint", counted)
+    store = AdapterStore(max_bytes=0)
+    expected = store.get(pool[0]).fingerprint
+    for _ in range(3):
+        store.get(pool[0], fingerprint=expected)
+    assert hashed == ["a"]
+
+
+def test_a_changed_folder_is_read_again(pool):
+    store = AdapterStore()
+    before = store.get(pool[0])
+    write(pool[0], 77, overwrite=True)
+    after = store.get(pool[0])
+    assert after.fingerprint == load_adapter(pool[0]).fingerprint != before.fingerprint
+
+
+def test_a_changed_scaling_is_noticed(pool):
+    store = AdapterStore()
+    before = store.get(pool[0])
+    config = pool[0] / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 2', '"lora_alpha": 20'))
+    assert store.get(pool[0]).fingerprint != before.fingerprint
+
+
+def test_a_folder_with_other_content_than_expected_is_refused_with_both_fingerprints(pool):
+    store = AdapterStore()
+    expected = store.get(pool[0]).fingerprint
+    assert store.get(pool[0], fingerprint=expected).fingerprint == expected
+    write(pool[0], 77, overwrite=True)
+    with pytest.raises(ChangedAdapterError, match=f"{load_adapter(pool[0]).fingerprint}, expected {expected}"):
+        store.get(pool[0], fingerprint=expected)
+    with pytest.raises(ChangedAdapterError):
+        AdapterStore().get(pool[0], fingerprint=expected)
+
+
+def test_a_touched_file_of_equal_content_is_hashed_again_and_accepted(pool, reads):
+    store = AdapterStore()
+    expected = store.get(pool[0]).fingerprint
+    os.utime(pool[0] / "adapter_model.safetensors", ns=(1, 1))
+    assert store.get(pool[0], fingerprint=expected).fingerprint == expected
+    assert (reads.count, store.stats.adapters) == (2, 1)
+
+
+def test_a_file_replaced_while_it_is_read_is_an_error(pool, reads):
+    store = AdapterStore()
+    reads.during = lambda: os.utime(pool[0] / "adapter_model.safetensors", ns=(1, 1))
+    with pytest.raises(ChangedAdapterError, match="changed while it was read"):
+        store.get(pool[0])
+    assert store.stats.adapters == 0
+
+
+def test_every_adapter_is_held_against_the_base(tmp_path):
+    good, _ = peft_adapter(tmp_path, "good")
+    other, _ = peft_adapter(tmp_path, "other", base="gpt2")
+    store = AdapterStore(base=CONFIGS["llama"])
+    store.get(good)
+    with pytest.raises(LookupError, match="no module"):
+        store.get(other)
+
+
+def test_a_failure_is_not_remembered(pool):
+    store = AdapterStore()
+    weights = pool[0] / "adapter_model.safetensors"
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-1])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="truncated"):
+            store.get(pool[0])
+    weights.write_bytes(raw)
+    store.get(pool[0])
+    assert (store.stats.misses, store.stats.hits, store.stats.adapters) == (3, 0, 1)
+    with pytest.raises(FileNotFoundError):
+        store.get(pool[0].with_name("nowhere"))
+
+
+def test_a_negative_bound_is_refused():
+    with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
+        AdapterStore(max_bytes=-1)
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """Released once for each thread that waits for another's read."""
+    arrived = threading.Semaphore(0)
+
+    class Announcing(Future):
+        def result(self, timeout=None):
+            arrived.release()
+            return super().result(timeout)
+
+    monkeypatch.setattr(module, "Future", Announcing)
+    return arrived
+
+
+def ask_together(store: AdapterStore, path: Path, waiting: threading.Semaphore, reads: Reads) -> list[Future]:
+    """Every thread asks for one adapter; the read ends only when all the others wait for it."""
+    together = threading.Barrier(THREADS)
+
+    def others_wait():
+        for _ in range(THREADS - 1):
+            assert waiting.acquire(timeout=PATIENCE), "another thread made a read of its own"
+
+    def ask(i):
+        together.wait(PATIENCE)
+        return store.get(path, name=f"n{i}")
+
+    reads.during = others_wait
+    with ThreadPoolExecutor(THREADS) as threads:
+        return [threads.submit(ask, i) for i in range(THREADS)]
+
+
+@pytest.mark.parametrize("room", [0, SIZE])
+def test_simultaneous_requests_make_one_read(pool, waiting, reads, room):
+    store = AdapterStore(max_bytes=room)
+    answers = [f.result() for f in ask_together(store, pool[0], waiting, reads)]
+    assert reads.count == 1
+    assert len({id(answer.factors["layers.0.q"]) for answer in answers}) == 1
+    assert [answer.name for answer in answers] == [f"n{i}" for i in range(THREADS)]
+    assert (store.stats.misses, store.stats.hits) == (1, THREADS - 1)
+
+
+def test_everyone_who_waited_gets_the_error_and_the_next_one_reads_again(pool, waiting, reads):
+    store = AdapterStore()
+    weights = pool[0] / "adapter_model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    stamp = weights.stat()
+    weights.write_bytes(raw[:-4] + b"\xff\xff\xff\x7f")  # a last value that is no number
+    answers = ask_together(store, pool[0], waiting, reads)
+    assert all("not finite" in str(answer.exception()) for answer in answers)
+    assert reads.count == 1
+    weights.write_bytes(raw)
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    reads.during = lambda: None
+    assert store.get(pool[0]).fingerprint == load_adapter(pool[0]).fingerprint
+
+
+def test_different_adapters_are_read_side_by_side(pool, reads):
+    store = AdapterStore()
+    inside = threading.Barrier(len(pool))
+    reads.during = lambda: inside.wait(PATIENCE)  # passes only if all are being read at once
+    with ThreadPoolExecutor(len(pool)) as threads:
+        names = [adapter.name for adapter in threads.map(store.get, pool)]
+    assert names == list("abcd")
+
+
+def test_the_bound_holds_under_many_threads(pool):
+    store = AdapterStore(max_bytes=2 * SIZE)
+    want = [load_adapter(path).fingerprint for path in pool]
+    with ThreadPoolExecutor(THREADS) as threads:
+        got = list(threads.map(lambda i: store.get(pool[i % 4], fingerprint=want[i % 4]).fingerprint, range(200)))
+    assert got == want * 50
+    stats = store.stats
+    assert stats.bytes == stats.adapters * SIZE <= 2 * SIZE
+    assert stats.hits + stats.misses == 200

@@ -128,3 +128,17 @@ def test_doctor_reports_versions_models_and_index(home):
     assert "mixture" in report["composers"]
     broken = run("doctor", "--index", home / "nowhere", "--base", home / "base", status=1)
     assert "problem" in broken.stdout
+
+
+def test_train_writes_an_adapter_that_the_index_takes(home, tmp_path):
+    rows = [{"prompt": f"add {i} and 1", "response": str(i + 1)} for i in range(24)]
+    data, dev = write_jsonl(tmp_path / "train.jsonl", rows), write_jsonl(tmp_path / "dev.jsonl", rows[:4])
+    common = ("--base", home / "base", "-r", "2", "--steps", "3", "--batch-size", "4", "--targets", "q_proj,o_proj")
+    report = read("train", "adapter", data, "-o", tmp_path / "pool" / "plus", "--dev", dev, *common)
+    assert report["steps"] == len(report["losses"]) == 3
+    assert report["dev_loss"] > 0
+    trained = load_adapter(tmp_path / "pool" / "plus", base=base_model())
+    assert {module.rsplit(".", 1)[1] for module in trained.factors} == {"q_proj", "o_proj"}
+    assert read("index", "build", tmp_path / "pool", tmp_path / "index")["added"] == ["plus"]
+    again = run("train", "adapter", data, "-o", tmp_path / "pool" / "plus", *common, status=2)
+    assert "exists" in again.stderr

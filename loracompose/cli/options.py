@@ -37,7 +37,7 @@ def parse_composer(name: str, settings: list[str] | None) -> Composer:
     if not settings:
         return get_composer(name)
     kind = type(get_composer(name))
-    known = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    known: list[str] = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
     values = {}
     for setting in settings:
         key, equals, text = setting.partition("=")

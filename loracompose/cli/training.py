@@ -2,8 +2,84 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
+from loracompose.cli import options, tables
 from loracompose.cli.errors import Commands
+from loracompose.cli.options import DEFAULT_BASE
+from loracompose.cli.quiet import quiet_loading
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Train what an index needs.")
+
+
+@app.callback()
+def train() -> None:
+    """Train what an index needs."""
+
+
+@app.command()
+def adapter(
+    data: Annotated[Path, typer.Argument(help='JSONL: {"prompt": ..., "response": ...} per line.')],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; its name is the adapter's name.")],
+    base: options.Base = DEFAULT_BASE,
+    dev: Annotated[Path | None, typer.Option(help="JSONL to measure the loss on.")] = None,
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of every factor.")] = 8,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha; twice the rank if not given.")] = None,
+    targets: Annotated[str, typer.Option(help="Adapted modules, by the ends of their names.")] = "q_proj,v_proj",
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 2e-3,
+    max_length: Annotated[int, typer.Option(help="Rows of more tokens are left out.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of factors, order and dropout.")] = 0,
+    eval_every: Annotated[int, typer.Option(help="Steps between dev losses; 0 measures it at the end.")] = 0,
+    description: Annotated[str, typer.Option(help="For the card.")] = "",
+    tag: Annotated[list[str] | None, typer.Option(help="For the card; may be repeated.")] = None,
+    license_name: Annotated[str, typer.Option("--license", help="For the card.")] = "",
+    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Train one LoRA adapter; an interrupted run continues where it stopped."""
+    from loracompose.training.adapter import CardText, train_adapter
+    from loracompose.training.recipe import Recipe
+
+    quiet_loading()
+    recipe = Recipe(
+        rank=rank,
+        alpha=alpha,
+        target_modules=tuple(name.strip() for name in targets.split(",") if name.strip()),
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        seed=seed,
+        dtype=dtype,
+        eval_every=eval_every,
+    )
+    card = CardText(description=description, tags=tuple(tag or ()), license=license_name)
+    report = train_adapter(
+        data,
+        output,
+        base=base,
+        recipe=recipe,
+        card=card,
+        dev=dev,
+        device=device,
+        resume=not restart,
+        progress=not as_json,
+    )
+    if as_json:
+        tables.show_json({**asdict(report), "output": str(report.output), "dev_loss": report.dev_loss})
+        return
+    out = tables.console()
+    left = f", {report.left_out} longer than {max_length} tokens left out" if report.left_out else ""
+    out.print(f"{output}: {report.steps} steps on {report.examples} examples{left}, {report.seconds:.0f} s")
+    dev_loss = "" if report.dev_loss is None else f", dev loss {report.dev_loss:.3f}"
+    out.print(f"loss {report.losses[0]:.3f} → {report.losses[-1]:.3f}{dev_loss}")

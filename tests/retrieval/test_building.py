@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from loracompose import AdapterIndex, load_adapter
+from loracompose.retrieval.embedding import INSTRUCTION, CallableEmbedder
+from tests.retrieval.material import TASKS, bag_of_words, hidden, make_adapter
+
+
+def test_every_subfolder_with_a_config_enters_in_the_order_of_names(index, pool):
+    assert index.report.added == ("french", "mood", "sql", "sums")
+    assert index.report.skipped == {}
+    assert [card.name for card in index.cards] == ["french", "mood", "sql", "sums"]
+    assert len(index) == 4
+    assert "sql" in index
+    assert "nosql" not in index
+    adapter = load_adapter(pool / "sql")
+    card = index.card("sql")
+    assert (card.examples, card.fingerprint, card.base_model) == (
+        tuple(TASKS["sql"]),
+        adapter.fingerprint,
+        "tiny/base",
+    )
+    assert index.path("sql") == pool.resolve() / "sql"
+
+
+def test_a_card_says_what_the_public_name_says():
+    from loracompose import Card
+
+    assert Card.__module__ == "loracompose.retrieval.cards"
+
+
+def test_what_cannot_be_found_or_loaded_is_reported_and_left_out(pool, tmp_path, embedder):
+    (pool / "notes").mkdir()
+    (pool / "README.md").write_text("a file")
+    make_adapter(pool / "dora", ["a b"], use_dora=True)
+    make_adapter(pool / "mute", [])
+    (make_adapter(pool / "bare", ["a b"]) / "card.json").unlink()
+    (make_adapter(pool / "torn", ["a b"]) / "adapter_model.safetensors").write_bytes(b"torn")
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder) as index:
+        assert index.report.added == ("french", "mood", "sql", "sums")
+        reasons = index.report.skipped
+    assert sorted(reasons) == ["bare", "dora", "mute", "notes", "torn"]
+    assert "use_dora" in reasons["dora"]
+    assert "no examples" in reasons["mute"]
+    assert "no card.json" in reasons["bare"]
+    assert "no adapter_config.json" in reasons["notes"]
+    assert reasons["torn"]
+
+
+def test_strict_raises_all_reasons_and_leaves_nothing(pool, tmp_path, embedder):
+    make_adapter(pool / "dora", ["a b"], use_dora=True)
+    make_adapter(pool / "mute", [])
+    with pytest.raises(ValueError, match=r"(?s)2 adapters cannot be indexed:.*dora: .*use_dora.*mute: .*no examples"):
+        AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, strict=True)
+    assert not (tmp_path / "index").exists()
+    assert hidden(tmp_path) == []
+
+
+def test_strict_does_not_mind_folders_that_are_no_adapters(pool, tmp_path, embedder):
+    (pool / "notes").mkdir()
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, strict=True) as index:
+        assert list(index.report.skipped) == ["notes"]
+
+
+def test_a_build_that_fails_leaves_neither_an_index_nor_a_leftover(pool, tmp_path):
+    def failing(texts):
+        if any("seven" in text for text in texts):
+            raise RuntimeError("out of memory")
+        return bag_of_words(texts)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        AdapterIndex.build(pool, tmp_path / "index", embedder=CallableEmbedder(failing, "failing"), copy=True)
+    assert not (tmp_path / "index").exists()
+    assert hidden(tmp_path) == []
+
+
+def test_an_index_is_replaced_only_when_asked_and_survives_a_failing_replacement(index, pool, tmp_path, embedder):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        AdapterIndex.build(pool, tmp_path / "index", embedder=embedder)
+    broken = CallableEmbedder(lambda texts: np.zeros((len(texts), 64)), "zeros")
+    with pytest.raises(ValueError, match="zero or non-finite"):
+        AdapterIndex.build(pool, tmp_path / "index", embedder=broken, overwrite=True)
+    with AdapterIndex.open(tmp_path / "index", embedder=embedder) as old:
+        assert len(old) == 4
+    shutil.rmtree(pool / "sql")
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, overwrite=True) as new:
+        assert len(new) == 3
+    assert hidden(tmp_path) == []
+
+
+def test_a_folder_that_is_no_index_is_never_replaced(pool, tmp_path, embedder):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="is not an index"):
+        AdapterIndex.build(pool, tmp_path / "thesis", embedder=embedder, overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+def test_a_missing_source_is_an_error_and_an_empty_one_an_empty_index(tmp_path, embedder):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        AdapterIndex.build(tmp_path / "none", tmp_path / "index", embedder=embedder)
+    (tmp_path / "empty").mkdir()
+    with AdapterIndex.build(tmp_path / "empty", tmp_path / "index", embedder=embedder) as index:
+        found = index.search(["anything"])
+        assert (found.cards, found.scores.shape, found.weights.shape) == ((), (1, 0), (1, 0))
+        assert index.verify().ok
+
+
+def test_progress_shows_bars_and_changes_nothing(pool, tmp_path, embedder, capsys):
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, progress=True) as index:
+        assert len(index) == 4
+    assert "embedding" in capsys.readouterr().out
+
+
+def test_examples_and_prompts_are_embedded_under_the_instruction(pool, tmp_path):
+    seen = []
+
+    def watching(texts):
+        seen.extend(texts)
+        return bag_of_words(texts)
+
+    embedder = CallableEmbedder(watching, "watching")
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder) as index:
+        index.search(["hello"])
+    texts = [text for text in seen if text != "dimension"]
+    assert len(texts) == 13
+    assert all(text.startswith(INSTRUCTION) for text in texts)
+    assert INSTRUCTION == "Represent the sentence for similar task retrieval: "

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loracompose.retrieval.cards import Card, read_card
+
+
+def write(folder, content):
+    folder.mkdir(exist_ok=True)
+    (folder / "card.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def test_a_card_takes_its_name_from_the_folder_and_keeps_unknown_keys(tmp_path):
+    folder = write(
+        tmp_path / "sql",
+        {"description": "d", "examples": ["a", "b"], "tags": ["t"], "license": "mit", "name": "other", "n": 3},
+    )
+    expected = Card("sql", "d", ("a", "b"), ("t",), "mit", extra={"name": "other", "n": 3})
+    assert read_card(folder) == expected
+    assert hash(read_card(folder)) == hash(expected)
+
+
+def test_only_examples_are_required(tmp_path):
+    assert read_card(write(tmp_path / "sql", {"examples": ["a"]})) == Card("sql", examples=("a",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ([], "must hold an object, got list"),
+        ({}, "no examples"),
+        ({"examples": []}, "no examples"),
+        ({"example": ["a"]}, r"its keys are \['example'\]"),
+        ({"examples": "a"}, "'examples' .* list of strings, got 'a'"),
+        ({"examples": ["a", 3]}, "one item is 3"),
+        ({"examples": ["a", None]}, "one item is None"),
+        ({"examples": ["a", " \n"]}, r"blank examples at positions \[1\]"),
+        ({"examples": ["a"], "tags": "t"}, "'tags' .* list of strings"),
+        ({"examples": ["a"], "description": None}, "'description' .* must be a string, got None"),
+        ({"examples": ["a"], "license": 3}, "'license' .* must be a string, got 3"),
+        ({"examples": ["\ud800"]}, "examples .* not valid Unicode"),
+    ],
+)
+def test_a_wrong_card_is_refused_by_name(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_card(write(tmp_path / "sql", content))
+    assert str(caught.value).startswith(("sql: ", "'sql': "))
+
+
+def test_a_card_that_is_not_utf8_is_refused(tmp_path):
+    folder = write(tmp_path / "sql", "{}")
+    (folder / "card.json").write_bytes(b'{"examples": ["\xff"]}')
+    with pytest.raises(ValueError, match="UTF-8"):
+        read_card(folder)
+
+
+def test_a_missing_card_is_refused_with_the_format_to_write(tmp_path):
+    (tmp_path / "sql").mkdir()
+    with pytest.raises(ValueError, match=r'sql: no card.json .*"examples": \[prompt, ...\]'):
+        read_card(tmp_path / "sql")

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+
+from loracompose import Retriever
+from loracompose.retrieval.weighting import softmax_weights
+
+PROMPTS = ["translate the cat into french", "count the users with a query", "xylophone"]
+
+
+def test_the_default_is_the_search_of_the_index(index):
+    found, searched = Retriever(index).retrieve(PROMPTS), index.search(PROMPTS, k=3)
+    assert found.cards == searched.cards
+    assert torch.equal(found.scores, searched.scores)
+    assert torch.equal(found.weights, searched.weights)
+    assert torch.equal(found.weights, softmax_weights(found.scores, index.temperature))
+
+
+def test_each_weighting_weighs_the_same_scores_its_own_way(index):
+    searched = index.search(PROMPTS, k=2)
+    uniform = Retriever(index, 2, weighting="uniform").retrieve(PROMPTS)
+    top1 = Retriever(index, 2, weighting="top1").retrieve(PROMPTS)
+    flat = Retriever(index, 2, temperature=1e6).retrieve(PROMPTS)
+    assert all(torch.equal(found.scores, searched.scores) for found in (uniform, top1, flat))
+    retrieved = torch.isfinite(searched.scores)
+    assert torch.equal(uniform.weights, retrieved.float() / 2)
+    torch.testing.assert_close(flat.weights, uniform.weights)
+    assert torch.equal(top1.weights.argmax(-1), searched.scores.argmax(-1))
+    assert torch.equal(top1.weights.sum(-1), torch.ones(3))
+
+
+@pytest.mark.parametrize("weighting", ["softmax", "uniform", "top1"])
+def test_abstaining_zeroes_weights_and_never_scores(index, weighting):
+    plain = Retriever(index, weighting=weighting).retrieve(PROMPTS)
+    best = plain.scores.amax(-1)
+    assert len(best.unique()) == 3
+    low, middle, high = best.argsort().tolist()
+    threshold = float(best[middle])  # a score at the threshold is enough
+    found = Retriever(index, weighting=weighting, abstain=threshold).retrieve(PROMPTS)
+    assert torch.equal(found.scores, plain.scores)
+    assert torch.equal(found.weights[[middle, high]], plain.weights[[middle, high]])
+    assert plain.weights[low].sum() > 0
+    assert (found.weights[low] == 0).all()
+
+
+def test_exclude_and_where_reach_the_search(index):
+    retriever = Retriever(index, 1, abstain=-1.0)
+    assert retriever.retrieve(PROMPTS[:1], exclude=[["french"]]).names != ("french",)
+    assert retriever.retrieve(PROMPTS[:1], where={"name": "sums"}).names == ("sums",)
+    assert retriever.retrieve(PROMPTS, where={"license": "none"}).weights.shape == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "k must be an integer of at least 1, got 0"),
+        ({"weighting": "posterior"}, r"one of \['softmax', 'uniform', 'top1'\], got 'posterior'"),
+        ({"temperature": 0.0}, "above 0 and finite, got 0.0"),
+        ({"temperature": float("nan")}, "above 0 and finite, got nan"),
+        ({"weighting": "uniform", "temperature": 0.1}, "uses no temperature"),
+        ({"abstain": float("inf")}, "abstain must be a finite score"),
+    ],
+)
+def test_a_retriever_that_could_not_work_is_refused_when_made(index, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Retriever(index, **arguments)
+
+
+def test_a_retriever_is_a_value(index):
+    with pytest.raises(FrozenInstanceError):
+        Retriever(index).k = 5
+    assert Retriever(index) == Retriever(index, 3, weighting="softmax")

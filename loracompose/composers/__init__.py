@@ -87,5 +87,5 @@ def compose(
         LookupError: no composer of that name.
     """
     if weights is None:
-        weights = [1 / len(adapters)] * len(adapters)
+        weights = [1 / len(adapters) for _ in adapters]
     return merge_adapters(adapters, weights, get_composer(composer), name)

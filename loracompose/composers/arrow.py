@@ -58,9 +58,9 @@ class Arrow:
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Every rank as it is, gated by its adapter's share of the token."""
-        prototypes = top_directions(banks)
+        gates = {module: self._gate(banks[module], top) for module, top in top_directions(banks).items()}
         return {
-            module: LowRankDelta(bank.A, bank.B, bank.per_rank(weights), self._gate(bank, prototypes[module]), bank.kind)
+            module: LowRankDelta(bank.A, bank.B, bank.per_rank(weights), gates[module], bank.kind)
             for module, bank in banks.items()
         }
 

@@ -137,4 +137,6 @@ def shared_basis(group: ModuleGroup, weights: Tensor) -> tuple[Tensor, Tensor, l
     U, S, Vt = torch.linalg.svd(torch.cat(pieces, dim=-1), full_matrices=False)
     widths = [piece.shape[-1] for piece in pieces]
     coordinates = [(S[..., None] * V) @ Qa.mT for V, (Qa, _) in zip(Vt.split(widths, dim=-1), inner, strict=True)]
-    return Qb @ U, S, coordinates
+    # The SVD leaves noise where a coordinate is zero, and an election would count its signs as votes.
+    noise = 32 * torch.finfo(S.dtype).eps * S[:, :1, None]
+    return Qb @ U, S, [c.masked_fill(c.abs() <= noise, 0.0) for c in coordinates]

@@ -27,9 +27,9 @@ class Lego:
     A rank is a minimal semantic unit u = [a; b]; per module the units of all members are pooled and clustered by
     k-means, for all modules at once. Permuting the ranks of an adapter, or giving it as two adapters that split its
     ranks, changes the pool in nothing; the units are sorted by content before the clustering, so neither changes
-    the result. (a, b) and (-a, -b) are the same unit: distances and means take the sign that fits (see
-    `composition.clustering`). One adapter with k < r is rank pruning. With k >= R, the number of
-    units, every unit is its own cluster.
+    the result. (a, b) and (-a, -b) are the same unit: distances and means take the sign that fits and, where both
+    fit alike, the one that makes the largest entry of u positive (see `composition.clustering`). One adapter with
+    k < r is rank pruning. With k >= R, the number of units, every unit is its own cluster.
 
     Weights. A negative weight turns b round. "mass": centroids are means weighted by |w|, and a cluster counts
     m_j = Σ|w| of its units, so uniform 1/N with k = r has the paper's size, and k >= R without output
@@ -128,7 +128,7 @@ class Lego:
             B, share = B * w.sign(), w.abs()
         else:
             B, share = B * (w / weights.abs().mean().to(w)), torch.ones_like(w)
-        units = torch.cat([A, B.mT], dim=-1)
+        units = own_sign(torch.cat([A, B.mT], dim=-1))
         share = share.expand(units.shape[:2])
         order = content_order(units, share)
         return units.gather(1, order[..., None].expand_as(units)), share.gather(1, order)
@@ -139,6 +139,12 @@ def canonical_group(group: ModuleGroup) -> ModuleGroup:
     dtype = group.working_dtype
     pairs = [canonical(A.to(dtype), B.to(dtype)) for A, B in zip(group.A, group.B, strict=True)]
     return replace(group, A=tuple(A for A, _ in pairs), B=tuple(B for _, B in pairs))
+
+
+def own_sign(units: Tensor) -> Tensor:
+    """±u with its entry of largest magnitude positive."""
+    peak = units.gather(-1, units.abs().argmax(dim=-1, keepdim=True))
+    return torch.where(peak < 0, -units, units)
 
 
 def unit_halves(units: Tensor, d_in: int) -> Tensor:

@@ -72,13 +72,19 @@ def compress(chunk: ModuleGroup, blocks: Blocks, rank: int, seed: int, block_byt
     if rank >= narrow:
         return _identity_factors(_whole(chunk, blocks))
     if _row_bytes(chunk) * chunk.d_out * len(chunk.modules) <= block_bytes:
-        kept = [(slice(None), _whole(chunk, blocks))]
-        blocks = lambda: kept  # noqa: E731
+        blocks = _kept(_whole(chunk, blocks))
     P = _test_matrix(chunk, min(rank + OVERSAMPLING, narrow), seed)  # (d_in, l)
     Q = _range(blocks, P)  # (G, d_out, l)
     for _ in range(POWER_ITERATIONS):
         Q = _range(blocks, torch.linalg.qr(_pull(chunk, blocks, Q)).Q)
     return truncate(_pull(chunk, blocks, Q).mT, Q, rank)
+
+
+def _kept(update: Tensor) -> Blocks:
+    def blocks() -> Iterable[Block]:
+        return [(slice(None), update)]
+
+    return blocks
 
 
 def _whole(chunk: ModuleGroup, blocks: Blocks) -> Tensor:

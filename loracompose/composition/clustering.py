@@ -1,9 +1,11 @@
 """k-means of many small clouds at once, on Gram matrices, where x and -x are the same point.
 
 A rank is a pair (a, b) up to sign: (a, b) and (-a, -b) are one rank-1 update. So a point's distance to a centre is
-the smaller of its two signs', and a centre is the mean of its points, each with the sign that fits it. No
-canonical sign has to be chosen, which no continuous rule could do. Where all points of a cluster agree, this is
-ordinary k-means.
+the smaller of its two signs', and a centre is the mean of its points, each with the sign that fits it. Where all
+points of a cluster agree, this is ordinary k-means.
+
+Between orthogonal points both signs fit alike. There the sign that the point was given with stays, so a caller
+who wants a result free of signs gives every point a sign of its own first.
 
 Everything happens on the Gram matrices of the clouds: a centre is a vector of coefficients over the points, and the
 width of the points costs one product at the start.
@@ -12,10 +14,16 @@ width of the points costs one product at the start.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+ORTHOGONAL = 1e-5  # cosine below which signs are rounding
+
+Improve = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""(gram (G, R, R), weights, labels, signs (G, S, R) each, k) -> better labels and signs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,40 +42,34 @@ class Clustering:
 
 
 def kmeans(gram: Tensor, weights: Tensor, k: int, *, n_init: int, max_iter: int, seed: int) -> Clustering:
-    """The best of several starts of Lloyd's algorithm from greedy k-means++ seeds, for G clouds at once.
+    """k-means of G clouds at once: greedy k-means++ seeds, Lloyd's steps, single moves from the best of the starts.
 
     Deterministic for a seed, without global random state; all clouds share their random numbers. It depends on the
-    order of the points, which the caller fixes. A tie goes to the lower index. A cluster that loses its points
-    takes the point farthest from its own centre; it stays empty if fewer than k points are distinct.
+    order of the points, which the caller fixes. A tie goes to the lower index. A cluster that lost its points
+    is given one by the single moves; it stays empty only if fewer than k points are distinct.
 
     Args:
         gram: inner products of the points, (G, R, R).
         weights: mass of each point, (G, R), not negative.
         k: clusters; from k = R on every point is a cluster of its own.
         n_init: starts.
-        max_iter: largest number of Lloyd steps.
+        max_iter: largest number of Lloyd's steps, and of single moves after them.
         seed: of the starts.
 
     Returns:
-        Clustering of the start of least inertia.
+        The labels, the signs and their inertia.
     """
     groups, points = weights.shape
     if k >= points:
         own = torch.arange(points, device=gram.device).expand(groups, -1)
         return Clustering(own, torch.ones_like(weights), weights.new_zeros(groups))
     weights = weights[:, None].expand(-1, n_init, -1)  # (G, S, R)
-    labels, signs = _assign(gram, _seeds(gram, weights, k, seed))[:2]
-    for _ in range(max_iter):
-        coefficients = _fill_empty(gram, weights, _centres(labels, signs, weights, k))
-        before = labels, signs
-        labels, signs, _ = _assign(gram, coefficients)
-        if torch.equal(labels, before[0]) and torch.equal(signs, before[1]):
-            break
-    _, signs, distance = _assign(gram, _centres(labels, signs, weights, k), labels)
-    inertia = (weights * distance).sum(dim=-1)  # (G, S)
-    best = first_min(inertia)  # (G,)
-    rows = torch.arange(groups, device=gram.device)
-    return Clustering(labels[rows, best], signs[rows, best], inertia[rows, best])
+    labels, signs, _ = _assign(gram, _seeds(gram, weights, k, seed))
+    labels, signs = _settle(_lloyd, gram, weights, labels, signs, k, max_iter)
+    best = first_min(_inertia(gram, weights, labels, signs, k))[:, None, None].expand(-1, -1, points)
+    labels, signs, weights = (t.gather(1, best) for t in (labels, signs, weights))  # (G, 1, R)
+    labels, signs = _settle(_exchange, gram, weights, labels, signs, k, max_iter)
+    return Clustering(labels[:, 0], signs[:, 0], _inertia(gram, weights, labels, signs, k)[:, 0])
 
 
 def first_min(values: Tensor) -> Tensor:
@@ -75,6 +77,64 @@ def first_min(values: Tensor) -> Tensor:
     index = torch.arange(values.shape[-1], device=values.device)
     least = values == values.amin(dim=-1, keepdim=True)
     return torch.where(least, index, values.shape[-1] - 1).amin(dim=-1)
+
+
+def _settle(
+    improve: Improve, gram: Tensor, weights: Tensor, labels: Tensor, signs: Tensor, k: int, max_iter: int
+) -> tuple[Tensor, Tensor]:
+    """Labels and signs after at most `max_iter` improvements, fewer if nothing changes any more."""
+    for _ in range(max_iter):
+        before = labels, signs
+        labels, signs = improve(gram, weights, labels, signs, k)
+        if torch.equal(labels, before[0]) and torch.equal(signs, before[1]):
+            break
+    return labels, signs
+
+
+def _inertia(gram: Tensor, weights: Tensor, labels: Tensor, signs: Tensor, k: int) -> Tensor:
+    """Σ weight · distance² of each start, (G, S)."""
+    _, _, distance = _assign(gram, _centres(labels, signs, weights, k), labels)
+    return (weights * distance).sum(dim=-1)
+
+
+def _lloyd(gram: Tensor, weights: Tensor, labels: Tensor, signs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Every point to the nearest centre."""
+    labels, signs, _ = _assign(gram, _centres(labels, signs, weights, k))
+    return labels, signs
+
+
+def _exchange(gram: Tensor, weights: Tensor, labels: Tensor, signs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """In each start the one move of a point that lowers the inertia most (Hartigan and Wong 1979), if one does.
+
+    The gain counts how both centres follow, which Lloyd leaves out: small clusters end up clearly better. To an empty
+    cluster a move is free, so none stays empty while points lie off their centres.
+    """
+    coefficients = _centres(labels, signs, weights, k)
+    distance, inner = _distances(gram, coefficients)  # (G, S, R, k)
+    mass = torch.zeros_like(coefficients[..., 0, :]).scatter_add(-1, labels, weights)[..., None, :]  # (G, S, 1, k)
+    own = labels[..., None]
+    w = weights[..., None]
+    rest = mass.expand_as(distance).gather(-1, own) - w  # what the point leaves behind
+    alone = rest <= torch.finfo(w.dtype).eps * mass.amax(dim=-1, keepdim=True)
+    gain = torch.where(alone, 0.0, (rest + w) * w / torch.where(alone, 1.0, rest) * distance.gather(-1, own))
+    cost = (mass * w / (mass + w) * distance).scatter(-1, own, torch.inf)
+    target = first_min(cost)[..., None]
+    change = (cost.gather(-1, target) - gain)[..., 0]  # (G, S, R)
+    point = first_min(change)[..., None]  # (G, S, 1)
+    rounding = 64 * torch.finfo(w.dtype).eps * (weights * _norms(gram)).amax(dim=-1, keepdim=True)
+    moves = torch.zeros_like(labels, dtype=torch.bool).scatter(-1, point, change.gather(-1, point) < -rounding)
+    labels = torch.where(moves, target[..., 0], labels)
+    signs = torch.where(moves, _fitting_signs(gram, coefficients, inner, target), signs)
+    return labels, _assign(gram, _centres(labels, signs, weights, k), labels)[1]
+
+
+def _distances(gram: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances and inner products of points (G, R, R) and centres (G, S, R, k), (G, S, R, k) each."""
+    groups, starts, points, k = coefficients.shape
+    side_by_side = coefficients.permute(0, 2, 1, 3).reshape(groups, points, starts * k)  # one product for all starts
+    inner = (gram @ side_by_side).view(groups, points, starts, k).permute(0, 2, 1, 3)
+    norms = (coefficients * inner).sum(dim=-2, keepdim=True)  # (G, S, 1, k)
+    return (_norms(gram)[..., None] + norms - 2 * inner.abs()).clamp(min=0), inner
 
 
 def _assign(gram: Tensor, coefficients: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,17 +145,19 @@ def _assign(gram: Tensor, coefficients: Tensor, labels: Tensor | None = None) ->
         coefficients: centres over the points, (G, S, R, k).
         labels: take these instead of the nearest.
     """
-    groups, starts, points, k = coefficients.shape
-    side_by_side = coefficients.permute(0, 2, 1, 3).reshape(groups, points, starts * k)  # one product for all starts
-    inner = (gram @ side_by_side).view(groups, points, starts, k).permute(0, 2, 1, 3)  # of point and centre
-    norms = (coefficients * inner).sum(dim=-2, keepdim=True)  # (G, S, 1, k)
-    distance = (_norms(gram)[..., None] + norms - 2 * inner.abs()).clamp(min=0)
+    distance, inner = _distances(gram, coefficients)
     if labels is None:
         empty = (coefficients == 0).all(dim=-2, keepdim=True)  # no centre there: nobody's nearest
         labels = first_min(distance.masked_fill(empty, torch.inf))
     chosen = labels[..., None]
-    signs = torch.where(inner.gather(-1, chosen) < 0, -1.0, 1.0).to(gram)
-    return labels, signs[..., 0], distance.gather(-1, chosen)[..., 0]
+    return labels, _fitting_signs(gram, coefficients, inner, chosen), distance.gather(-1, chosen)[..., 0]
+
+
+def _fitting_signs(gram: Tensor, coefficients: Tensor, inner: Tensor, chosen: Tensor) -> Tensor:
+    """The sign with which each point is nearer to its chosen centre, (G, S, R); 1 where it is orthogonal to it."""
+    norms = (coefficients * inner).sum(dim=-2, keepdim=True).expand_as(inner).gather(-1, chosen)
+    negligible = ORTHOGONAL * (_norms(gram)[..., None] * norms.clamp(min=0)).sqrt()
+    return torch.where(inner.gather(-1, chosen) < -negligible, -1.0, 1.0).to(gram)[..., 0]
 
 
 def _norms(gram: Tensor) -> Tensor:
@@ -108,22 +170,6 @@ def _centres(labels: Tensor, signs: Tensor, weights: Tensor, k: int) -> Tensor:
     member = torch.nn.functional.one_hot(labels, k).to(weights) * weights[..., None]
     mass = member.sum(dim=-2, keepdim=True)
     return signs[..., None] * member / torch.where(mass > 0, mass, 1.0)
-
-
-def _fill_empty(gram: Tensor, weights: Tensor, coefficients: Tensor) -> Tensor:
-    """The e-th empty cluster of a start becomes the point that is e-th farthest from its centre, if it is off it."""
-    empty = (coefficients == 0).all(dim=-2)  # (G, S, k)
-    if not empty.any():
-        return coefficients
-    _, _, distance = _assign(gram, coefficients)
-    spread = weights * distance
-    farthest = spread.argsort(dim=-1, descending=True, stable=True)  # (G, S, R)
-    turn = (empty.cumsum(dim=-1) - 1).clamp(min=0)  # (G, S, k)
-    point = farthest.gather(-1, turn)
-    rounding = 64 * torch.finfo(gram.dtype).eps * (weights * _norms(gram)).amax(dim=-1, keepdim=True)
-    takes = empty & (spread.gather(-1, point) > rounding)
-    single = torch.nn.functional.one_hot(point, spread.shape[-1]).to(coefficients).mT  # (G, S, R, k)
-    return torch.where(takes[..., None, :], single, coefficients)
 
 
 def _seeds(gram: Tensor, weights: Tensor, k: int, seed: int) -> Tensor:

@@ -124,8 +124,8 @@ def elect_and_average(updates: Sequence[Tensor], weights: Sequence[float], mass:
         vote = w * update
         up += vote.clamp(min=0)
         down -= vote.clamp(max=0)
-        for_up += abs(w) * (vote > 0)
-        for_down += abs(w) * (vote < 0)
+        for_up += abs(w) * (vote > 0).to(up)
+        for_down += abs(w) * (vote < 0).to(up)
     votes = up - down
     votes *= votes.abs() > 64 * torch.finfo(votes.dtype).eps * (up + down)  # a sum of rounding errors elects nobody
     mean = torch.where(votes > 0, up, -down) / torch.where(votes > 0, for_up, for_down)

@@ -51,7 +51,7 @@ def fit_lorahub(
         budget: evaluations of the objective.
         bounds: largest magnitude of a weight.
         l1: strength of the penalty on mean|w|.
-        seed: of the optimiser.
+        seed: of the optimiser; up to a few hundred evaluations NGOpt chooses COBYLA, which draws nothing at random.
         exact_sum: fit weights of the sum of the updates instead of the factors.
         batch_size: examples per forward pass.
         progress: called with the number of evaluations made and the best objective so far.

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loracompose.adapters.lora import Adapter
+from loracompose.composers import COMPOSERS, compose, get_composer
+from loracompose.composers.mixture import Mixture
+from loracompose.composition.bank import content_order, gather_banks
+from tests.composers.one_module import factors, pool
+
+GATED = [name for name in COMPOSERS if COMPOSERS[name].scope != "static"]
+
+
+def update(adapter: Adapter, module: str = "m") -> torch.Tensor:
+    return adapter.factors[module].B @ adapter.factors[module].A
+
+
+def test_a_merged_mixture_is_the_weighted_sum_with_unused_ranks_left_out():
+    adapters = pool(4, 2, 3)
+    merged = compose(adapters, [0.5, 0.0, -0.2])
+    assert merged.factors["m"].rank == 7
+    assert torch.allclose(update(merged), 0.5 * update(adapters[0]) - 0.2 * update(adapters[2]))
+    assert merged.recipe["relative_error"] < 1e-12
+
+
+def test_no_weights_means_one_over_k_each():
+    adapters = pool(4, 2)
+    assert torch.allclose(update(compose(adapters)), (update(adapters[0]) + update(adapters[1])) / 2)
+
+
+def test_the_recipe_names_method_parameters_sources_and_how_far_the_result_is_from_the_sum():
+    adapters = pool(4, 2)
+    recipe = compose(adapters, [0.7, 0.3], "fusion").recipe
+    exact = 0.7 * update(adapters[0]) + 0.3 * update(adapters[1])
+    off = update(compose(adapters, [0.7, 0.3], "fusion")) - exact
+    assert recipe["method"] == "fusion"
+    assert recipe["hyper_parameters"] == {}
+    assert {(s["name"], s["fingerprint"], s["weight"]) for s in recipe["sources"]} == {
+        (a.name, a.fingerprint, w) for a, w in zip(adapters, [0.7, 0.3], strict=True)
+    }
+    assert recipe["relative_error"] == pytest.approx((off.norm() / exact.norm()).item(), rel=1e-9)
+
+
+def test_base_model_and_task_are_kept_where_the_sources_agree():
+    a, b = (Adapter(name, {"m": factors(2, s)}, "base", "CAUSAL_LM") for s, name in enumerate("ab"))
+    assert (compose([a, b]).base_model, compose([a, b]).task_type) == ("base", "CAUSAL_LM")
+    other = Adapter("c", {"m": factors(2, 3)}, "another base")
+    assert (compose([a, other]).base_model, compose([a, other]).task_type) == ("", "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_gated_composer_refuses_to_merge_and_says_why(name: str):
+    with pytest.raises(ValueError, match="multipliers depend on the input"):
+        compose(pool(2, 2), composer=name)
+
+
+@pytest.mark.parametrize("name", sorted(set(COMPOSERS) - set(GATED)))
+def test_every_static_composer_merges_to_what_it_runs(name: str):
+    adapters, weights = pool(4, 2), [0.7, 0.3]
+    order = content_order(adapters)
+    banks = gather_banks([adapters[i] for i in order])
+    delta = COMPOSERS[name]().compose(banks, torch.tensor([weights], dtype=torch.float64)[:, order])["m"]
+    x = torch.randn(1, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(delta(x), x @ update(compose(adapters, weights, name)).mT, atol=1e-10)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [float("nan"), 1.0], [float("inf"), 1.0]])
+def test_weights_must_be_one_finite_number_per_adapter(weights):
+    with pytest.raises(ValueError, match="weight"):
+        compose(pool(2, 2), weights)
+
+
+def test_nothing_to_merge_is_an_error():
+    with pytest.raises(ValueError, match="nothing to merge"):
+        compose(pool(2, 2), [0.0, 0.0])
+    with pytest.raises(ValueError, match="for 0 adapters"):
+        compose([])
+
+
+def test_a_composer_is_a_known_name_or_an_instance():
+    assert get_composer("mixture") == Mixture()
+    with pytest.raises(LookupError, match="mixture"):
+        get_composer("mixtur")
+    with pytest.raises(TypeError, match="instance"):
+        get_composer(Mixture)

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loracompose.composers.mixture import Mixture
+from loracompose.composition.delta import LowRankDelta
+from loracompose.runtime.attach import attach, layer_of
+from tests import laws, tiny
+from tests.runtime.toy import random_delta
+
+Q = "model.layers.0.self_attn.q_proj"
+V = "model.layers.1.self_attn.v_proj"
+
+
+def delta_for(on: str, path: str, rows: int = 1, seed: int = 0) -> LowRankDelta:
+    kind, d_in, d_out = laws.shapes(on)[path]
+    return random_delta(d_in, d_out, weights=torch.full((rows, 5), 0.2).double(), seed=seed, kind=kind)
+
+
+def hooks(model: nn.Module) -> list[int]:
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+def test_nested_blocks_add_up_and_each_removes_only_its_own_hooks():
+    model = laws.base("llama")
+    outer, inner = delta_for("llama", Q), delta_for("llama", Q, seed=1)
+    alone = laws.logits(model, {Q: outer}, "llama")
+    with attach(model, {Q: outer}):
+        with attach(model, {Q: inner, V: delta_for("llama", V)}):
+            assert len(model.get_submodule(Q)._forward_hooks) == 2
+        assert len(model.get_submodule(Q)._forward_hooks) == 1
+        assert not model.get_submodule(V)._forward_hooks
+        assert torch.equal(tiny.logits(model, "llama", batch=2, seq=6), alone)
+        with pytest.raises(RuntimeError), attach(model, {Q: inner}):
+            raise RuntimeError
+        assert torch.equal(tiny.logits(model, "llama", batch=2, seq=6), alone)
+    both = laws.logits(model, {Q: LowRankDelta(*stacked(outer, inner))}, "llama")
+    with attach(model, {Q: outer}), attach(model, {Q: inner}):
+        assert laws.distance(tiny.logits(model, "llama", batch=2, seq=6), both) < laws.ROUNDING["llama"]
+    assert not any(hooks(model))
+
+
+def stacked(*deltas: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.cat([d.A for d in deltas]),
+        torch.cat([d.B for d in deltas], dim=1),
+        torch.cat([d.weights for d in deltas], dim=1),
+    )
+
+
+def test_hooks_of_others_survive():
+    model = copy.deepcopy(laws.base("llama"))
+    handle = model.get_submodule(Q).register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError), attach(model, {Q: delta_for("llama", Q)}):
+        raise RuntimeError
+    assert list(model.get_submodule(Q)._forward_hooks) == [handle.id]
+
+
+def test_an_unknown_module_is_refused_by_name_before_any_hook_is_put_on(monkeypatch: pytest.MonkeyPatch):
+    model, put = laws.base("llama"), []
+    monkeypatch.setattr(nn.Module, "register_forward_hook", lambda *a, **k: put.append(a))
+    deltas = {Q: delta_for("llama", Q), "model.layers.9.self_attn.q_proj": delta_for("llama", Q)}
+    with pytest.raises(LookupError, match=r"layers\.9\.self_attn\.q_proj.*layers\.0\.self_attn\.q_proj"):
+        attach(model, deltas).__enter__()
+    assert not put
+
+
+@pytest.mark.parametrize(
+    ("path", "delta", "message"),
+    [
+        (Q, random_delta(32, 31, weights=torch.ones(1, 5)), "32 -> 32, the adapter is linear 32 -> 31"),
+        (Q, random_delta(16, 32, weights=torch.ones(1, 5)), "the adapter is linear 16 -> 32"),
+        (Q, random_delta(32, 32, weights=torch.ones(1, 5), kind="embedding"), "the adapter is embedding"),
+        ("model.layers.0.input_layernorm", random_delta(32, 32, weights=torch.ones(1, 5)), "LlamaRMSNorm"),
+        ("model.embed_tokens", random_delta(128, 32, weights=torch.ones(1, 5)), "is embedding 128 -> 32"),
+    ],
+)
+def test_a_delta_that_does_not_fit_is_refused_before_any_hook_is_put_on(path: str, delta: LowRankDelta, message: str):
+    model = laws.base("llama")
+    with pytest.raises(ValueError, match=message), attach(model, {V: delta_for("llama", V), path: delta}):
+        pass
+    assert not any(hooks(model))
+
+
+def test_rows_that_are_no_multiple_of_the_compositions_are_refused():
+    model = laws.base("llama")
+    with pytest.raises(ValueError, match="3 rows of input for 2 compositions"):
+        laws.logits(model, {Q: delta_for("llama", Q, rows=2)}, "llama", batch=3)
+    assert not any(hooks(model))
+
+
+class Flattening(nn.Module):
+    """Runs its projection on tokens of all rows together, as mixtures of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 9, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def test_a_module_that_flattens_rows_and_tokens_is_refused():
+    model = Flattening()
+    delta = random_delta(weights=torch.ones(1, 5, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"inner: its output has shape \(8, 9\)"), attach(model, {"inner": delta}):
+        model(torch.zeros(2, 4, 12, dtype=torch.float64))
+
+
+def test_the_delta_runs_in_the_dtype_of_the_module():
+    model = tiny.base_model("llama", dtype=torch.bfloat16)
+    with attach(model, {Q: delta_for("llama", Q)}):
+        out = tiny.logits(model, "llama", batch=2, seq=6)
+    assert out.dtype == torch.bfloat16
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("on", laws.BASES)
+def test_every_kind_of_module_gains_B_A_x(on: str):
+    """Linear, GPT-2's transposed Conv1D and embeddings, against changed weights."""
+    adapter = laws.random_adapter("all", on, seed=3, rank=3, words=True)
+    assert {f.kind for f in adapter.factors.values()} == {"linear", "embedding"}
+    deltas = laws.compose_rows(Mixture(), [adapter], [[0.7]])
+    want = tiny.logits(laws.dense_sum(on, [adapter], [0.7]), on, batch=2, seq=6)
+    assert laws.distance(laws.logits(laws.base(on), deltas, on), want) < laws.ROUNDING[on]
+
+
+def test_beams_of_an_encoder_decoder_keep_the_composition_of_their_prompt():
+    """The encoder sees one row a prompt, the decoder one a beam."""
+    adapters, rows = laws.hostile_adapters("t5"), laws.BATCH[:3]
+    seen: dict[str, set[int]] = {"encoder.block.0": set(), "decoder.block.0": set()}
+    handles = [
+        laws.base("t5")
+        .get_submodule(f"{name}.layer.0.SelfAttention.q")
+        .register_forward_hook(lambda _m, args, _o, name=name: seen[name].add(args[0].shape[0]))
+        for name in seen
+    ]
+    try:
+        inputs = laws.padded(laws.prompts()[:3])
+        beams = laws.generate("t5", inputs, laws.compose_rows(Mixture(), adapters, rows), num_beams=4)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == {"encoder.block.0": {3}, "decoder.block.0": {12}}
+    for i, row in enumerate(rows):
+        alone = laws.compose_rows(Mixture(), adapters, [row])
+        one = laws.generate("t5", laws.padded(laws.prompts()[i : i + 1]), alone, num_beams=4)
+        assert torch.equal(beams.sequences[i], one.sequences[0])
+
+
+@pytest.mark.parametrize("on", laws.BASES)
+def test_samples_of_one_prompt_keep_its_composition(on: str):
+    """Each returned sequence is scored again alone, under the composition of the prompt it came from."""
+    adapters, rows, prompts = laws.hostile_adapters(on), laws.BATCH[:3], laws.prompts((4, 4, 4))
+    torch.manual_seed(0)
+    deltas = laws.compose_rows(Mixture(), adapters, rows)
+    out = laws.generate(on, laws.padded(prompts), deltas, do_sample=True, num_return_sequences=3, temperature=1.5)
+    thought = torch.stack(out.logits, dim=1)  # (9, new, vocabulary)
+    assert out.sequences.shape[0] == 9
+    for sample in range(9):
+        alone = laws.compose_rows(Mixture(), adapters, [rows[sample // 3]])
+        want = scored(on, prompts[sample // 3], out.sequences[sample], alone)
+        assert laws.distance(thought[sample], want) < laws.GENERATED
+
+
+def scored(on: str, prompt: Tensor, sequence: Tensor, deltas: Any) -> Tensor:
+    model, inputs = laws.base(on), {"input_ids": sequence[None], "attention_mask": torch.ones_like(sequence)[None]}
+    if on == "t5":
+        inputs = {"input_ids": prompt[None], "decoder_input_ids": sequence[None]}
+    with torch.no_grad(), attach(model, deltas):
+        return model(**inputs).logits[0, -laws.NEW - 1 : -1]
+
+
+@pytest.mark.parametrize(
+    ("path", "layer"),
+    [
+        ("model.layers.3.self_attn.q_proj", "model.layers.3"),
+        ("transformer.h.11.attn.c_attn", "transformer.h.11"),
+        ("encoder.block.0.layer.1.DenseReluDense.wi", "encoder.block.0"),
+        ("model.embed_tokens", ""),
+        ("lm_head", ""),
+    ],
+)
+def test_the_layer_of_a_module_is_its_outermost_numbered_block(path: str, layer: str):
+    assert layer_of(path) == layer

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loracompose.composition.delta import LowRankDelta
+from loracompose.composition.gates import Gate
+from loracompose.runtime.attach import attach
+from tests import laws
+from tests.runtime.toy import DecidedAtPrefill, Recorder, random_delta
+
+PATHS = {
+    "llama": ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"),
+    "gpt2": ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"),
+    "t5": ("encoder.block.0.layer.0.SelfAttention.q", "decoder.block.1.layer.1.EncDecAttention.v"),
+}
+
+
+def gated(on: str, gates: Sequence[Gate], rows: int = 1) -> dict[str, LowRankDelta]:
+    deltas = {}
+    for seed, (path, gate) in enumerate(zip(PATHS[on], gates, strict=False)):
+        kind, d_in, d_out = laws.shapes(on)[path]
+        plain = random_delta(d_in, d_out, weights=torch.linspace(0.1, 1, 5 * rows).reshape(rows, 5).double(), seed=seed)
+        deltas[path] = LowRankDelta(plain.A, plain.B, plain.weights, gate, kind)
+    return deltas
+
+
+def run(on: str, inputs: dict[str, Tensor], **more: Any) -> Any:
+    if on == "t5":
+        more.setdefault("decoder_input_ids", inputs["input_ids"])
+    with torch.no_grad():
+        return laws.base(on)(**inputs, **more)
+
+
+@pytest.mark.parametrize("on", laws.BASES)
+def test_a_gate_is_told_its_module_and_the_mask_given_to_the_model(on: str):
+    gates, inputs = (Recorder(), Recorder()), laws.padded(laws.prompts((5, 2)))
+    with attach(laws.base(on), gated(on, gates)):
+        run(on, inputs)
+    for gate, path in zip(gates, PATHS[on], strict=True):
+        assert [context.module for context in gate.seen] == [path]
+        assert torch.equal(gate.seen[0].attention_mask, inputs["attention_mask"])
+        assert gate.moved_to == [torch.float64]
+
+
+def test_without_a_mask_there_is_none():
+    gate = Recorder()
+    with attach(laws.base("llama"), gated("llama", [gate])):
+        run("llama", {"input_ids": torch.ones(1, 3, dtype=torch.int64)})
+    assert gate.seen[0].attention_mask is None
+
+
+@pytest.mark.parametrize("on", laws.BASES)
+def test_a_gate_that_asks_sees_the_hidden_states_entering_its_layer(on: str):
+    asks, does_not = Recorder(needs_layer_input=True), Recorder()
+    inputs = laws.padded(laws.prompts((4, 4)))
+    with attach(laws.base(on), gated(on, (asks, does_not))):
+        out = run(on, inputs, output_hidden_states=True)
+    hidden = out.encoder_hidden_states if on == "t5" else out.hidden_states
+    assert torch.equal(asks.seen[0].layer_input, hidden[0])
+    assert does_not.seen[0].layer_input is None  # of another layer, where nobody asks
+
+
+@pytest.mark.parametrize("on", ["llama", "gpt2"])
+def test_what_a_gate_decides_at_prefill_holds_at_every_decoding_step_and_for_the_padded_prompt_alone(on: str):
+    deltas, prompts = gated(on, (DecidedAtPrefill(), DecidedAtPrefill()), rows=3), laws.prompts((6, 2, 4))
+    batch = laws.generate(on, laws.padded(prompts), deltas)
+    for i, prompt in enumerate(prompts):
+        own = {p: LowRankDelta(d.A, d.B, d.weights[i : i + 1], d.gate, d.kind) for p, d in deltas.items()}
+        one = laws.generate(on, laws.padded([prompt]), own)
+        assert laws.distance(torch.stack(batch.logits)[:, i], torch.stack(one.logits)[:, 0]) < laws.GENERATED
+
+
+def test_memory_is_kept_inside_one_block_and_not_carried_to_the_next():
+    gate = Recorder()
+    deltas, inputs = gated("llama", [gate]), laws.padded(laws.prompts((3,)))
+    with attach(laws.base("llama"), deltas):
+        run("llama", inputs)
+        gate.seen[0].memory["decided"] = torch.ones(1)
+        run("llama", inputs)
+    with attach(laws.base("llama"), deltas):
+        run("llama", inputs)
+    first, second, other_block = (context.memory for context in gate.seen)
+    assert first is second
+    assert not other_block
+
+
+def test_no_hook_watches_the_model_or_its_layers_unless_a_gate_asks():
+    model = laws.base("llama")
+    static = {p: LowRankDelta(d.A, d.B, d.weights, None, d.kind) for p, d in gated("llama", [Recorder()]).items()}
+    with attach(model, static):
+        assert not model._forward_pre_hooks
+    with attach(model, gated("llama", [Recorder()])):
+        assert len(model._forward_pre_hooks) == 1
+        assert not model.model.layers[0]._forward_pre_hooks
+    with attach(model, gated("llama", [Recorder(needs_layer_input=True)])):
+        assert len(model.model.layers[0]._forward_pre_hooks) == 1
+        assert not model.model.layers[1]._forward_pre_hooks
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_gated_delta_with_ranks_of_each_row_is_refused():
+    plain = random_delta(weights=torch.ones(2, 5).double())
+    with pytest.raises(ValueError, match="shares its ranks"):
+        LowRankDelta(plain.A.expand(2, 5, 12), plain.B.expand(2, 9, 5), plain.weights, Recorder())

@@ -1,4 +1,4 @@
-"""Build an index over a folder of adapters: `python index/build.py ADAPTERS INDEX [--copy] [--strict] [--overwrite]`."""
+"""Build an index over a folder of adapters: `python index/build.py ADAPTERS INDEX [--copy] [--overwrite] ...`."""
 
 from __future__ import annotations
 

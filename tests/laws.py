@@ -1,4 +1,4 @@
-"""The laws of composition: hostile material, each law as the error it leaves, and the settings that keep it."""
+"""The laws of composition: hostile material, each law as the error it leaves, and the settings that keep it.
 
 A law is a function that runs a composer inside a model and returns how far it is from what the law says, so that
 a test can demand both that a law holds (the error is rounding) and that it can fail (at a tight setting).

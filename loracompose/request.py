@@ -37,7 +37,7 @@ class Request:
             for adapter, _ in members
             if adapter.base_model and adapter.base_model != base_name
         )
-        ordered = tuple(sorted(uses, key=lambda use: -use.weight))
+        ordered = tuple(sorted(uses, key=lambda use: (-use.weight, -(use.score or 0.0))))
         return Generation(self.prompts[i], texts, repr(self.composer), ordered, dict(self.timings), notes)
 
 

@@ -34,7 +34,7 @@ class Generation:
         prompt: as it was given.
         texts: the answers, one per return sequence.
         composer: repr of the composer, hyper-parameters included.
-        adapters: what was retrieved or given, largest weight first, then largest score; empty if the base model answered alone.
+        adapters: what was retrieved or given, by weight, then by score; empty if the base model answered alone.
         timings: seconds spent on this prompt's batch: retrieve, load, compose, generate.
         notes: anything unusual, such as an adapter made for a base of another name.
     """

@@ -29,7 +29,7 @@ class Dare:
     `rank` by a randomised range finder; that filters much of the noise that dropping adds. PEFT's "dare_linear"
     drops entries of A and B separately, which adds cross terms.
 
-    Source: DARE, arXiv:2311.03099, section 3.2.
+    Source: DARE, arXiv:2311.03099, the step "drop and rescale".
 
     Attributes:
         drop: p in [0, 1). The paper drops 0.9 and more of fully fine-tuned models, whose updates are smaller.
@@ -74,7 +74,7 @@ class DareTies:
 
     Masks as in `Dare`, so it depends on the factorisation; trimming, weights, election and compression as in `Ties`.
 
-    Source: DARE, arXiv:2311.03099, section 4.3 (DARE as a plug-in before TIES), on updates of LoRA.
+    Source: DARE, arXiv:2311.03099 (DARE as a plug-in before TIES), on updates of LoRA.
 
     Attributes:
         drop: probability of dropping an entry, in [0, 1).

@@ -42,7 +42,7 @@ class Knots:
     Departs from the paper: weights; a relative tolerance instead of 1e-5; entries whose votes cancel are 0; and
     α/r is part of the update. "dare_ties" draws masks by fingerprint and so depends on the factorisation.
 
-    Source: KnOTS, arXiv:2410.19735, section 4, equations 4 to 6.
+    Source: KnOTS, arXiv:2410.19735, the method section and its published code.
 
     Attributes:
         density: share of the coordinates of each adapter that TIES keeps, in (0, 1]; not used by "sum".

@@ -44,7 +44,7 @@ class Lego:
     scaling lies in b. The reweighting formulas are those that public re-implementations agree on; about the
     features they do not, hence `units`.
 
-    Source: LoRA-LEGO, arXiv:2409.16167, section 3 (clustering objective: equation 2; dual reweighting).
+    Source: LoRA-LEGO, arXiv:2409.16167 (clustering objective: equation 2; dual reweighting).
 
     Attributes:
         k: clusters per module; None: the largest rank among the members that have the module.

@@ -34,6 +34,7 @@ def clustered(module="q"):
     generator = torch.Generator().manual_seed(7)
     d_in, d_out = SHAPES[module]
     prototypes = 10 * torch.randn(3, d_in + d_out, generator=generator, dtype=torch.float64)
+    prototypes[:, :2] = torch.tensor([40.0, -40.0])  # noise decides which is the largest entry, and so the own sign
     noise = torch.randn(7, d_in + d_out, generator=generator, dtype=torch.float64)
     turn = torch.tensor([1, -1, 1, -1, 1, 1, -1.0], dtype=torch.float64)[:, None]
     units = turn * (prototypes[KINDS] + noise)

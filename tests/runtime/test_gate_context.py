@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import Gate
@@ -29,11 +30,11 @@ def gated(on: str, gates: Sequence[Gate], rows: int = 1) -> dict[str, LowRankDel
     return deltas
 
 
-def run(on: str, inputs: dict[str, Tensor], **more: Any) -> Any:
+def run(on: str, inputs: dict[str, Tensor], *, model: nn.Module | None = None, **more: Any) -> Any:
     if on == "t5":
         more.setdefault("decoder_input_ids", inputs["input_ids"])
     with torch.no_grad():
-        return laws.base(on)(**inputs, **more)
+        return (laws.base(on) if model is None else model)(**inputs, **more)
 
 
 @pytest.mark.parametrize("on", laws.BASES)
@@ -58,8 +59,9 @@ def test_without_a_mask_there_is_none():
 def test_a_gate_that_asks_sees_the_hidden_states_entering_its_layer(on: str):
     asks, does_not = Recorder(needs_layer_input=True), Recorder()
     inputs = laws.padded(laws.prompts((4, 4)))
-    with attach(laws.base(on), gated(on, (asks, does_not))):
-        out = run(on, inputs, output_hidden_states=True)
+    model = copy.deepcopy(laws.base(on))  # transformers puts hooks of its own on a model asked for its hidden states
+    with attach(model, gated(on, (asks, does_not))):
+        out = run(on, inputs, model=model, output_hidden_states=True)
     hidden = out.encoder_hidden_states if on == "t5" else out.hidden_states
     assert torch.equal(asks.seen[0].layer_input, hidden[0])
     assert does_not.seen[0].layer_input is None  # of another layer, where nobody asks

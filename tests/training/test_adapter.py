@@ -58,7 +58,7 @@ def equal(first, second):
 
 def test_the_loss_falls_on_the_data_and_on_dev_rows(train, tmp_path):
     recipe = Recipe(
-        rank=8, steps=40, learning_rate=3e-2, eval_every=10, target_modules=("v_proj", "o_proj", "down_proj")
+        rank=8, steps=40, learning_rate=3e-3, eval_every=10, target_modules=("v_proj", "o_proj", "down_proj")
     )
     report = train(tmp_path / "a", recipe=recipe, dev=ROWS[:9])
     assert report.losses[-1] < 0.5 * report.losses[0]

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from loracompose.composers.fusion import Fusion
 from loracompose.composers.lego import Lego
 from loracompose.composers.linear import Linear
 from loracompose.composers.mixture import Mixture
+
+REFERENCE = "lego raw k=r"
 
 
 def settings() -> dict[str, Composer]:
@@ -53,6 +56,29 @@ def interval(hits: list[int], seed: int = 0) -> list[float]:
     draws = np.random.default_rng(seed).integers(0, len(values), (2000, len(values)))
     low, high = np.quantile(values[draws].mean(axis=1), (0.025, 0.975))
     return [round(100 * low, 1), round(100 * high, 1)]
+
+
+def against(hits: str, other: str, seed: int = 0) -> str:
+    """Mean difference in points with its 95 % paired bootstrap interval."""
+    gap = np.asarray([int(a) - int(b) for a, b in zip(hits, other, strict=True)], dtype=float)
+    draws = np.random.default_rng(seed).integers(0, len(gap), (2000, len(gap)))
+    low, high = 100 * np.quantile(gap[draws].mean(axis=1), (0.025, 0.975))
+    return f"{100 * gap.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def report(measured: dict[str, Any]) -> str:
+    """The results as a Markdown table, one row a setting, the pools side by side."""
+    pools = list(dict.fromkeys(row["pool"] for row in measured["results"]))
+    rows = {(row["pool"], row["setting"]): row for row in measured["results"]}
+    heads = [f"{pool}: exact match | against {REFERENCE}" for pool in pools]
+    lines = [f"| setting | {' | '.join(heads)} |", "|---" * (1 + 2 * len(pools)) + "|"]
+    for setting in dict.fromkeys(row["setting"] for row in measured["results"]):
+        cells = []
+        for pool in pools:
+            row, reference = rows[pool, setting], rows[pool, REFERENCE]
+            cells += [f"{row['exact_match']:.1f}", against(row["hits"], reference["hits"])]
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def questions(tasks: Path, pool: Path, rows: int) -> list[dict[str, str]]:
@@ -114,7 +140,7 @@ def run(engine: Engine, asked: list[dict[str, str]], pool: str, done: dict[str, 
 
 
 def main() -> None:
-    """Run every setting on every pool."""
+    """Run every setting on every pool and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", type=Path)
     parser.add_argument("pools", nargs="+", help="name=folder")
@@ -135,6 +161,7 @@ def main() -> None:
             index = AdapterIndex.build(same, Path(scratch) / "index", copy=True)
             engine = Engine.from_pretrained(index=index)
             run(engine, questions(options.tasks, same, options.rows), name, done, options.output)
+    print(report(json.loads(options.output.read_text())))
 
 
 if __name__ == "__main__":

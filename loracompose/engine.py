@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
-from loracompose.adapters.lora import Adapter
 from loracompose.adapters.store import AdapterStore
 from loracompose.composers import Composer, get_composer
-from loracompose.membership import AdapterRef, AdapterSet, Row, from_hand, from_retrieval
-from loracompose.models import DEFAULT_BASE, BaseModel, load_base, wrap_base
+from loracompose.decoding import decoding_settings
+from loracompose.lookup import look_up
+from loracompose.membership import AdapterSet, Row, from_hand, from_retrieval
+from loracompose.models import DEFAULT_BASE, BaseModel, open_base
 from loracompose.prompts import Prompt, encode_prompts, user_text
 from loracompose.request import Request, prepare
 from loracompose.retrieval.filtering import Exclude, Where
 from loracompose.retrieval.index import AdapterIndex
 from loracompose.retrieval.result import Retrieval
 from loracompose.retrieval.retriever import Retriever
-from loracompose.runtime.attach import attach
+from loracompose.runtime.attach import Attachment, attach, model_lock
 from loracompose.streaming import stream_pieces
 from loracompose.trace import Generation
 
@@ -34,14 +35,14 @@ __all__ = ["Engine", "Generation"]
 
 BATCH = 32  # rows that run together if the caller does not say
 STORE_BYTES = 2**31
-OURS = ("inputs", "input_ids", "attention_mask", "streamer", "return_dict_in_generate", "stopping_criteria")
 
 
 @dataclass(eq=False)
 class Engine:
     """A base model, an index of adapters and a way to compose them.
 
-    Several threads may use one engine: generation takes a lock, retrieval and composition do not.
+    Several threads, and several engines over one model, may work at once: generation takes the model's lock,
+    retrieval and composition do not. Close it, or use it in a `with` block.
 
     Attributes:
         base: the model with its tokenizer.
@@ -54,7 +55,6 @@ class Engine:
     composer: Composer
     store: AdapterStore
     retriever: Retriever | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
     def from_pretrained(
@@ -83,19 +83,30 @@ class Engine:
 
         Raises:
             LookupError: a name that leads nowhere.
-            ValueError: a router for a composer that takes none.
+            ValueError: an argument that would have no effect, such as a router for a composer that takes none.
+            TypeError: a model that is no transformers model, such as one wrapped by PEFT.
         """
         composer = get_composer(composer)
         if router is not None:
             raise ValueError(f"composer {composer.name!r} learns nothing, so it takes no router; got {str(router)!r}")
-        if isinstance(model, PreTrainedModel):
-            base = wrap_base(model, tokenizer)
-        else:
-            base = load_base(model, device=device, dtype=dtype)
+        base = open_base(model, device, dtype, tokenizer)
         if isinstance(index, str | Path):
             index = AdapterIndex.open(index)
-        store = AdapterStore(max_bytes=STORE_BYTES, device=base.device, dtype=base.dtype, base=base.model)
+        # Composed in float32 or better and rounded once, to the dtype of the model, when it is put on.
+        precise = torch.promote_types(base.dtype, torch.float32)
+        store = AdapterStore(max_bytes=STORE_BYTES, device=base.device, dtype=precise, base=base.model)
         return cls(base, composer, store, Retriever(index, k=k) if index is not None else None)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the index; closing twice is fine."""
+        if self.index is not None:
+            self.index.close()
 
     @property
     def index(self) -> AdapterIndex | None:
@@ -128,7 +139,7 @@ class Engine:
         self,
         prompts: str | Sequence[Prompt],
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         batch_size: int | None = None,
         composer: str | Composer | None = None,
         k: int | None = None,
@@ -142,7 +153,7 @@ class Engine:
 
         Args:
             prompts: strings or lists of chat messages; one string alone is one prompt.
-            max_new_tokens: the longest answer in tokens.
+            max_new_tokens: the longest answer in tokens; None leaves it to a `generation_config` or `max_length`.
             batch_size: prompts that run together; 32 if None.
             composer: for this call; the engine's if None.
             k: adapters to retrieve for a prompt; the retriever's if None.
@@ -152,7 +163,8 @@ class Engine:
             exclude: names not to retrieve, one collection per prompt.
             where: metadata filter for retrieval.
             progress: show a progress bar over batches.
-            **generate_kwargs: passed to the model's `generate` (do_sample, num_beams, ...).
+            **generate_kwargs: passed to the model's `generate` (num_beams, ...). Decoding is greedy unless
+                `do_sample=True` or a `generation_config` says otherwise, whatever the model's own default.
 
         Returns:
             One Generation per prompt, in the order given.
@@ -165,8 +177,7 @@ class Engine:
         size = BATCH if batch_size is None else batch_size
         if size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if taken := [name for name in OURS if name in generate_kwargs]:
-            raise ValueError(f"the engine sets {', '.join(taken)} itself; leave them out of generate(...)")
+        settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs)
         chosen = self.composer if composer is None else get_composer(composer)
         rows, seconds = self._rows(asked, adapters, k, exclude, where)
         answers: list[Generation] = []
@@ -174,40 +185,45 @@ class Engine:
         for start in track(starts, description="generate", disable=not progress, transient=True):
             batch = slice(start, start + size)
             request = self._prepare(asked[batch], rows[batch], chosen, seconds)
-            answers += self._answer(request, max_new_tokens=max_new_tokens, **generate_kwargs)
+            answers += self._answer(request, settings)
         return answers
 
     def stream(
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         composer: str | Composer | None = None,
         k: int | None = None,
         adapters: AdapterSet | None = None,
+        exclude: Collection[str] | None = None,
+        where: Where | None = None,
         **generate_kwargs: Any,
     ) -> Iterator[str]:
         """Answer one prompt piece by piece; leaving the loop early stops the model.
 
         Args:
             prompt: a string or a list of chat messages.
-            max_new_tokens: the longest answer in tokens.
+            max_new_tokens: the longest answer in tokens; None leaves it to a `generation_config` or `max_length`.
             composer: for this call; the engine's if None.
             k: adapters to retrieve; the retriever's if None.
             adapters: one set given by hand instead of retrieval.
-            **generate_kwargs: passed to the model's `generate`.
+            exclude: names not to retrieve.
+            where: metadata filter for retrieval.
+            **generate_kwargs: passed to the model's `generate`, as in `Engine.generate`.
         """
+        settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs)
+        stops = list(settings.pop("stopping_criteria", ()))
         sets = None if adapters is None else [adapters]
-        rows, seconds = self._rows([prompt], sets, k, None, None)
+        rows, seconds = self._rows([prompt], sets, k, None if exclude is None else [exclude], where)
         chosen = self.composer if composer is None else get_composer(composer)
         request = self._prepare([prompt], rows, chosen, seconds)
         inputs = encode_prompts(self.base.tokenizer, [prompt]).to(self.base.device)
 
-        def run(**streaming: Any) -> None:
+        def run(streamer: BaseStreamer, stop: StoppingCriteria) -> None:
+            criteria = StoppingCriteriaList([*stops, stop])
             with self._running(request):
-                self.base.model.generate(
-                    **inputs, **self._defaults(), max_new_tokens=max_new_tokens, **generate_kwargs, **streaming
-                )
+                self.base.model.generate(**inputs, **settings, streamer=streamer, stopping_criteria=criteria)
 
         return stream_pieces(run, self.base.tokenizer)
 
@@ -233,41 +249,28 @@ class Engine:
     def _prepare(self, prompts: Sequence[Prompt], rows: Sequence[Row], composer: Composer, seconds: float) -> Request:
         """Load and compose what one batch needs."""
         start = time.perf_counter()
-        loaded = {ref: self._load(ref) for ref in dict.fromkeys(m.ref for row in rows for m in row)}
+        loaded, identities = look_up(rows, self.store, self.index, self.base.device)
         timings = {"retrieve": seconds, "load": time.perf_counter() - start}
-        return prepare(prompts, rows, loaded, composer, timings, self.base.device)
+        return prepare(prompts, rows, loaded, identities, composer, timings, self.base.device)
 
-    def _load(self, ref: AdapterRef) -> Adapter:
-        """An adapter by name in the index, by folder, or as it is."""
-        if isinstance(ref, Adapter):
-            return ref
-        if isinstance(ref, str) and self.index is not None and ref in self.index:
-            return self.store.get(self.index.path(ref), fingerprint=self.index.card(ref).fingerprint, name=ref)
-        if (Path(ref) / "adapter_config.json").is_file():
-            return self.store.get(Path(ref))
-        where = "the engine has no index" if self.index is None else f"the index holds {len(self.index)} others"
-        raise LookupError(f"no adapter {str(ref)!r}: {where}, and there is no adapter folder of that path")
-
-    def _answer(self, request: Request, **generate_kwargs: Any) -> list[Generation]:
+    def _answer(self, request: Request, settings: Mapping[str, Any]) -> list[Generation]:
         encoded = encode_prompts(self.base.tokenizer, request.prompts).to(self.base.device)
-        start = time.perf_counter()
-        with self._running(request):
-            output = self.base.model.generate(**encoded, **self._defaults(), **generate_kwargs)
-        request.timings["generate"] = time.perf_counter() - start
+        with self._running(request) as attached:
+            start = time.perf_counter()  # the wait for the model is over
+            output = self.base.model.generate(**encoded, **settings)
+            request.timings["generate"] = time.perf_counter() - start
         texts = self._decode(output, encoded["input_ids"].shape[1])
         each = len(texts) // len(request.prompts)
         return [
-            request.answer(i, tuple(texts[i * each : (i + 1) * each]), self.base.name)
+            request.answer(i, tuple(texts[i * each : (i + 1) * each]), self.base.name, attached.never_ran)
             for i in range(len(request.prompts))
         ]
 
     @contextmanager
-    def _running(self, request: Request) -> Iterator[None]:
-        with self._lock, torch.inference_mode(), attach(self.base.model, request.deltas):
-            yield
-
-    def _defaults(self) -> dict[str, Any]:
-        return {"pad_token_id": self.base.tokenizer.pad_token_id}
+    def _running(self, request: Request) -> Iterator[Attachment]:
+        model = self.base.model
+        with model_lock(model), torch.inference_mode(), attach(model, request.deltas) as attached:
+            yield attached
 
     def _decode(self, output: Tensor, prompt_length: int) -> list[str]:
         answers = output if self.base.model.config.is_encoder_decoder else output[:, prompt_length:]

@@ -14,6 +14,8 @@ from torch import Tensor
 from loracompose.adapters.lora import Adapter
 from loracompose.retrieval.result import Retrieval
 
+FLOAT32 = torch.finfo(torch.float32)
+
 AdapterRef: TypeAlias = str | Path | Adapter
 AdapterSet: TypeAlias = Sequence[AdapterRef] | Mapping[Any, float]  # keys are AdapterRef
 
@@ -64,15 +66,31 @@ def parse_set(given: AdapterSet, place: int) -> Row:
     else:
         pairs = [(ref, 1 / len(given)) for ref in given]
     for ref, weight in pairs:
-        if not math.isfinite(weight):
-            raise ValueError(f"adapters[{place}]: the weight of {ref!r} must be a finite number, got {weight}")
+        check_weight(place, ref, weight)
     return tuple(Member(ref, weight) for ref, weight in pairs)
 
 
+def check_weight(place: int, ref: AdapterRef, weight: float) -> None:
+    """Raise ValueError unless the weight is finite and, if it is not 0, neither vanishes nor overflows in float32."""
+    size = abs(weight)
+    if not math.isfinite(weight) or (size and not FLOAT32.tiny <= size <= FLOAT32.max):
+        raise ValueError(
+            f"adapters[{place}]: the weight of {ref!r} must be 0 or a finite number of magnitude "
+            f"{FLOAT32.tiny:.0e} to {FLOAT32.max:.0e}, got {weight}"
+        )
+
+
 def weight_matrix(rows: Sequence[Row], column: Mapping[AdapterRef, int], n_adapters: int) -> Tensor:
-    """The rows' weights over K adapters, (batch, K) float32; several mentions of one adapter add up."""
+    """The rows' weights over K adapters, (batch, K) float32; several mentions of one adapter add up.
+
+    Args:
+        rows: the members of each prompt.
+        column: column of every reference that is loaded; members without one have weight 0.
+        n_adapters: K.
+    """
     weights = torch.zeros(len(rows), n_adapters)
     for i, row in enumerate(rows):
         for member in row:
-            weights[i, column[member.ref]] += member.weight
+            if member.ref in column:
+                weights[i, column[member.ref]] += member.weight
     return weights

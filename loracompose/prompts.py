@@ -64,11 +64,11 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
     The template has already written every special token; without a template the tokenizer adds its own.
 
     Raises:
-        ValueError: there is no prompt, or one of them is invalid.
+        ValueError: there is no prompt, or one of them is invalid or empty.
     """
     if not prompts:
         raise ValueError("there is no prompt to encode: give at least one")
-    return tokenizer(
+    encoded = tokenizer(
         [chat_text(tokenizer, prompt) for prompt in prompts],
         add_special_tokens=not has_chat_template(tokenizer),
         padding=True,
@@ -76,6 +76,10 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
         return_token_type_ids=False,
         return_tensors="pt",
     )
+    lengths = encoded["attention_mask"].sum(dim=1).tolist()
+    if 0 in lengths:
+        raise ValueError(f"prompt {lengths.index(0)} is empty: the model needs at least one token to continue")
+    return encoded
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:

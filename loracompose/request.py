@@ -17,6 +17,15 @@ from loracompose.prompts import Prompt
 from loracompose.trace import AdapterUse, Generation
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Who an adapter is, whether or not it had to be loaded."""
+
+    name: str
+    fingerprint: str
+    base_model: str
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """A batch of prompts with the deltas that answer them, row by row."""
@@ -24,27 +33,37 @@ class Request:
     prompts: Sequence[Prompt]
     rows: Sequence[Row]
     composer: Composer
-    loaded: Mapping[AdapterRef, Adapter]
+    identities: Mapping[AdapterRef, Identity]
     deltas: Mapping[str, LowRankDelta]
     timings: dict[str, float]
 
-    def answer(self, i: int, texts: tuple[str, ...], base_name: str) -> Generation:
-        """The i-th prompt's texts with their trace."""
-        members = [(self.loaded[member.ref], member) for member in self.rows[i]]
-        uses = [AdapterUse(a.name, a.fingerprint, m.score, m.weight) for a, m in members]
-        notes = tuple(
-            f"adapter {adapter.name!r} names the base {adapter.base_model!r}, it runs on {base_name!r}"
-            for adapter, _ in members
-            if adapter.base_model and adapter.base_model != base_name
-        )
+    def answer(self, i: int, texts: tuple[str, ...], base_name: str, never_ran: Sequence[str] = ()) -> Generation:
+        """The i-th prompt's texts with their trace.
+
+        Args:
+            i: place in the batch.
+            texts: what the model wrote.
+            base_name: the base that ran.
+            never_ran: modules whose delta the model never called.
+        """
+        members = [(self.identities[member.ref], member) for member in self.rows[i]]
+        uses = [AdapterUse(who.name, who.fingerprint, m.score, m.weight) for who, m in members]
+        notes = [
+            f"adapter {who.name!r} names the base {who.base_model!r}, it runs on {base_name!r}"
+            for who, _ in members
+            if who.base_model and who.base_model != base_name
+        ]
+        if never_ran and any(m.weight for _, m in members):
+            notes.append(f"the model never called {', '.join(never_ran)}: updates of these modules had no effect")
         ordered = tuple(sorted(uses, key=lambda use: (-use.weight, -(use.score or 0.0))))
-        return Generation(self.prompts[i], texts, repr(self.composer), ordered, dict(self.timings), notes)
+        return Generation(self.prompts[i], texts, repr(self.composer), ordered, dict(self.timings), tuple(notes))
 
 
 def prepare(
     prompts: Sequence[Prompt],
     rows: Sequence[Row],
     loaded: Mapping[AdapterRef, Adapter],
+    identities: Mapping[AdapterRef, Identity],
     composer: Composer,
     timings: Mapping[str, float],
     device: torch.device,
@@ -54,18 +73,21 @@ def prepare(
     Args:
         prompts: the batch.
         rows: the members of each prompt.
-        loaded: the adapter behind every reference in the rows.
+        loaded: the adapter behind every reference that has a weight in some row.
+        identities: who every reference is.
         composer: how to compose.
         timings: seconds spent so far.
         device: where the weights go.
     """
     start = time.perf_counter()
-    by_content = {(a.fingerprint, a.name): a for a in loaded.values()}
-    adapters = list(by_content.values())
-    adapters = [adapters[i] for i in content_order(adapters)]
-    place = {(a.fingerprint, a.name): i for i, a in enumerate(adapters)}
-    column = {ref: place[a.fingerprint, a.name] for ref, a in loaded.items()}
+    # An adapter given as an object stands for itself: its fingerprint is the caller's word, not checked content.
+    keys = {ref: id(ref) if isinstance(ref, Adapter) else (a.fingerprint, a.name) for ref, a in loaded.items()}
+    distinct = {keys[ref]: adapter for ref, adapter in loaded.items()}
+    adapters = list(distinct.values())
+    order = content_order(adapters)
+    place = {key: order.index(i) for i, key in enumerate(distinct)}
+    column = {ref: place[key] for ref, key in keys.items()}
     weights = weight_matrix(rows, column, len(adapters)).to(device)  # (batch, K)
-    banks = gather_banks(adapters)
+    banks = gather_banks([adapters[i] for i in order])
     deltas = composer.compose(banks, weights) if banks else {}
-    return Request(prompts, rows, composer, loaded, deltas, {**timings, "compose": time.perf_counter() - start})
+    return Request(prompts, rows, composer, identities, deltas, {**timings, "compose": time.perf_counter() - start})

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
+from transformers.generation.streamers import BaseStreamer
 
 
-def stream_pieces(run: Callable[..., None], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Pieces of text while `run(streamer=..., stopping_criteria=...)` generates in a thread of its own.
+def stream_pieces(
+    run: Callable[[BaseStreamer, StoppingCriteria], None], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    """Pieces of text while `run(streamer, stop)` generates in a thread of its own.
 
     An exception in `run` is raised to the reader after the pieces that came before it. A reader that leaves
     early stops the model at its next token.
@@ -23,7 +26,7 @@ def stream_pieces(run: Callable[..., None], tokenizer: PreTrainedTokenizerBase) 
 
     def write() -> None:
         try:
-            run(streamer=streamer, stopping_criteria=StoppingCriteriaList([stop]))
+            run(streamer, stop)
         except BaseException as error:  # handed to the reader, who raises it
             failure.append(error)
         finally:

@@ -35,7 +35,7 @@ class Generation:
         texts: the answers, one per return sequence.
         composer: repr of the composer, hyper-parameters included.
         adapters: what was retrieved or given, by weight, then by score; empty if the base model answered alone.
-        timings: seconds spent on this prompt's batch: retrieve, load, compose, generate.
+        timings: seconds: `retrieve` of the whole call, `load`, `compose` and `generate` of this prompt's batch.
         notes: anything unusual, such as an adapter made for a base of another name.
     """
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import json
 import re
 from pathlib import Path
 
@@ -57,3 +59,11 @@ def test_the_snippets_of_the_readme_run_and_print_what_they_show(tmp_path, monke
         if shown:
             assert printed.getvalue() == shown
     assert (tmp_path / "merged" / "recipe.json").is_file()
+
+
+def test_the_table_of_the_lego_ablation_is_made_from_its_results():
+    source = importlib.util.spec_from_file_location("lego_units", ROOT / "benchmarks" / "lego_units.py")
+    lego_units = importlib.util.module_from_spec(source)
+    source.loader.exec_module(lego_units)
+    results = json.loads((ROOT / "benchmarks" / "results" / "lego_units.json").read_text(encoding="utf-8"))
+    assert lego_units.report(results) in (ROOT / "docs" / "lego_units.md").read_text(encoding="utf-8")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from loracompose import Adapter, Engine, LoraFactors, load_adapter
+from loracompose import COMPOSERS, Adapter, Engine, LoraFactors, compose, load_adapter
 from loracompose.composers import Mixture
+from loracompose.runtime.attach import model_lock
 from tests.engines import CHATML, build_engine, tokenizer
-from tests.tiny import base_model, peft_load
+from tests.tiny import base_model, peft_adapter, peft_load
 
 PROMPTS = ["say good night in french", "add two and nine", "mood of the review: dull", "select every name"]
 SETS = [["french"], {"sums": 0.6, "mood": -0.4}, [], ["sql", "french", "mood"]]
@@ -110,13 +114,13 @@ def test_streamed_pieces_make_up_the_answer(engine):
     assert "".join(pieces) == want
 
 
-def test_leaving_a_stream_early_stops_the_model_and_removes_the_hooks(engine):
+def test_leaving_a_stream_early_removes_the_hooks_and_frees_the_model(engine):
     stream = engine.stream("a b c d e f", adapters=["sql"], max_new_tokens=100, min_new_tokens=100)
     next(stream)
     stream.close()
     assert not any(module._forward_hooks for module in engine.base.model.modules())
-    assert engine._lock.acquire(timeout=5)
-    engine._lock.release()
+    assert model_lock(engine.base.model).acquire(timeout=5)
+    model_lock(engine.base.model).release()
 
 
 def test_an_error_while_streaming_reaches_the_reader(engine):
@@ -178,7 +182,13 @@ def test_a_tokenizer_without_padding_token_is_not_changed():
         (ValueError, "one set per prompt", {"adapters": "sql"}),
         (ValueError, "write \\['sql'\\]", {"adapters": ["sql", "mood"]}),
         (ValueError, "finite", {"adapters": [{"sql": float("nan")}, []]}),
-        (LookupError, "no adapter 'sqll'", {"adapters": [["sqll"], []]}),
+        (ValueError, "finite", {"adapters": [{"sql": 1e39}, []]}),
+        (ValueError, "must be 0 or", {"adapters": [{"sql": 1e-46}, []]}),
+        (TypeError, "a name in the index, a folder or an Adapter", {"adapters": [[1], []]}),
+        (LookupError, "the index has sql;", {"adapters": [["sq"], []]}),
+        (ValueError, "max_new_tokens=None", {"max_length": 9}),
+        (ValueError, "prompt 1 is empty", {"prompts": ["a", ""]}),
+        (LookupError, "no adapter 'sqll'.*sql", {"adapters": [["sqll"], []]}),
         (ValueError, "steer retrieval", {"adapters": [[], []], "k": 2}),
         (ValueError, "k must be", {"k": 0}),
         (LookupError, "no composer named 'lora'", {"composer": "lora"}),
@@ -190,6 +200,142 @@ def test_a_tokenizer_without_padding_token_is_not_changed():
 def test_wrong_calls_are_refused_with_the_reason(engine, error, message, arguments):
     with pytest.raises(error, match=message):
         engine.generate(**{"prompts": ["a", "b"], "max_new_tokens": 1, **arguments})
+
+
+def test_two_engines_over_one_model_do_not_mix_their_adapters(engine):
+    other = Engine.from_pretrained(engine.base.model, tokenizer=engine.base.tokenizer, index=engine.index)
+    jobs = [(engine, ["french"]), (other, ["mood"])] * 3
+    want = [e.generate(["x y"], adapters=[s], max_new_tokens=8)[0].text for e, s in jobs]
+    start, got = threading.Barrier(len(jobs)), {}
+
+    def work(i):
+        start.wait()
+        got[i] = jobs[i][0].generate(["x y"], adapters=[jobs[i][1]], max_new_tokens=8)[0].text
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [got[i] for i in range(len(jobs))] == want
+    assert want[0] != want[1]
+
+
+def test_weights_given_by_hand_are_taken_as_they_are(engine):
+    double, single = engine.generate(["x y"] * 2, adapters=[{"mood": 2.0}, {"mood": 1.0}], max_new_tokens=8)
+    merged = compose([load_adapter(engine.index.path("mood"))], [2.0])
+    assert double.text == engine.generate(["x y"], adapters=[[merged]], max_new_tokens=8)[0].text
+    assert double.text != single.text
+    assert double.adapters[0].weight == 2.0
+
+
+def test_an_adapter_object_stands_for_its_own_factors(engine):
+    mood = load_adapter(engine.index.path("mood"), dtype=torch.bfloat16)
+    turned = {module: replace(f, B=-f.B) for module, f in mood.factors.items()}
+    a, b = engine.generate(["x y"] * 2, adapters=[[mood], [replace(mood, factors=turned)]], max_new_tokens=8)
+    assert a.text != b.text
+
+
+def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it(engine):
+    factors = {"model.layers.0.self_attn.q_proj": LoraFactors(torch.full((2, 32), 3e38), torch.full((32, 2), 1e-38))}
+    prompts, sets = ["x y"] * 3, [[Adapter("evil", factors)], ["sql"], []]
+    for composer in sorted(COMPOSERS.keys() - {"knots", "arrow", "rank_gating"}):
+        batch = engine.generate(prompts, adapters=sets, composer=composer, max_new_tokens=5)
+        clean = engine.generate(prompts[1:], adapters=sets[1:], composer=composer, max_new_tokens=5)
+        assert texts(batch)[1:] == texts(clean), composer
+
+
+def test_an_adapter_that_changed_on_disk_is_refused(tmp_path):
+    engine = build_engine(tmp_path)
+    config = engine.index.path("mood") / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 80'))
+    with pytest.raises(ValueError, match="mood"):
+        engine.generate(["a"], adapters=[["mood"]], max_new_tokens=1)
+
+
+def test_adapters_without_weight_are_traced_and_not_read(tmp_path):
+    engine = build_engine(tmp_path)
+    engine.retriever = replace(engine.retriever, weighting="top1")
+    shutil.rmtree(engine.index.path("mood"))
+    answer = engine.generate(["say good night in french"], k=4, max_new_tokens=2)[0]
+    assert [use.weight for use in answer.adapters] == [1.0, 0.0, 0.0, 0.0]
+    assert "mood" in [use.name for use in answer.adapters]
+    assert engine.store.stats.misses == 1
+
+
+def test_a_bare_name_is_not_looked_up_in_the_working_directory(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(engine.index.path("mood").parent)
+    without = Engine.from_pretrained(engine.base.model, tokenizer=engine.base.tokenizer)
+    with pytest.raises(LookupError, match="no adapter 'mood'"):
+        without.generate(["a"], adapters=[["mood"]])
+    assert without.generate(["a"], adapters=[["./mood"]], max_new_tokens=1)[0].adapters[0].name == "mood"
+
+
+def test_the_metadata_filter_reaches_the_search(engine):
+    answer = engine.generate(["say good night in french"], k=4, where={"name": ["sql", "mood"]}, max_new_tokens=1)[0]
+    assert {use.name for use in answer.adapters} == {"sql", "mood"}
+
+
+def test_decoding_is_greedy_unless_the_call_says_otherwise(tmp_path):
+    engine = build_engine(tmp_path)
+    engine.base.model.generation_config.do_sample = True
+    engine.base.model.generation_config.temperature = 5.0
+    greedy = {engine.generate(["x y"], adapters=[["mood"]], max_new_tokens=12)[0].text for _ in range(3)}
+    assert len(greedy) == 1
+    sampled = {
+        engine.generate(["x y"], adapters=[["mood"]], max_new_tokens=12, do_sample=True)[0].text for _ in range(3)
+    }
+    assert len(sampled | greedy) > 1
+
+
+def test_a_generation_config_decides_the_length_if_asked_to(engine):
+    config = GenerationConfig(max_new_tokens=2)
+    answer = engine.generate(["x y"], adapters=[[]], max_new_tokens=None, generation_config=config)[0]
+    assert answer.text == engine.generate(["x y"], adapters=[[]], max_new_tokens=2)[0].text
+    with pytest.raises(ValueError, match="generation_config says how long"):
+        engine.generate(["x y"], adapters=[[]], generation_config=config)
+
+
+def test_stop_strings_and_a_padding_token_of_the_caller_are_passed_on(engine):
+    full = engine.generate(["x y"], adapters=[["mood"]], max_new_tokens=12)[0].text
+    cut = engine.generate(["x y"], adapters=[["mood"]], max_new_tokens=12, stop_strings=[full[3]], pad_token_id=0)[
+        0
+    ].text
+    assert cut == full[: full.index(full[3]) + 1]
+
+
+def test_an_encoder_decoder_answers_a_mixed_batch_as_row_by_row(tmp_path):
+    folder, _ = peft_adapter(tmp_path, "both", base="t5", seed=3, scale=0.6)
+    engine = Engine.from_pretrained(base_model("t5"), tokenizer=tokenizer())
+    prompts, sets = ["first", "a longer second"], [[folder], []]
+    batch = engine.generate(prompts, adapters=sets, max_new_tokens=8, num_beams=2)
+    alone = [
+        engine.generate([p], adapters=[s], max_new_tokens=8, num_beams=2)[0].text
+        for p, s in zip(prompts, sets, strict=True)
+    ]
+    assert texts(batch) == alone
+    assert batch[0].text != engine.generate(prompts[:1], adapters=[[]], max_new_tokens=8, num_beams=2)[0].text
+
+
+def test_a_module_that_the_model_never_calls_stands_in_the_trace():
+    engine = Engine.from_pretrained(base_model("t5"), tokenizer=tokenizer())
+    shared = {"shared": LoraFactors(torch.ones(1, 128), torch.ones(32, 1), "embedding")}
+    answer = engine.generate(["abc"], adapters=[[Adapter("idle", shared)]], max_new_tokens=2)[0]
+    assert "never called shared" in answer.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "keeps its device", {"device": "cpu"}),
+        (ValueError, "keeps its device", {"dtype": "float32"}),
+        (TypeError, "unload", {"model": torch.nn.Linear(1, 1)}),
+        (ValueError, "loaded with it", {"model": "some/name"}),
+    ],
+)
+def test_arguments_that_would_have_no_effect_are_refused(error, message, arguments):
+    with pytest.raises(error, match=message):
+        Engine.from_pretrained(**{"model": base_model(), "tokenizer": tokenizer(), **arguments})
 
 
 def test_an_engine_without_index_says_so():

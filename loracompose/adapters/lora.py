@@ -67,7 +67,8 @@ class Adapter:
     """One LoRA adapter as plain tensors: module path in the base model -> factors.
 
     `fingerprint` is the identity of an adapter: a sha256 over its sorted modules, kinds, shapes, dtypes and
-    folded tensors. A copy moved or rounded by `to` keeps the fingerprint of the content it came from.
+    folded tensors. A copy moved or rounded by `to` keeps the fingerprint of the content it came from, as
+    `known_fingerprint`; who replaces the factors by others must replace that by None.
     """
 
     name: str

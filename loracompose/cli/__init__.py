@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from loracompose import __version__
 from loracompose.cli import composing, doctor, indexing, training
 from loracompose.cli.errors import Commands
 from loracompose.cli.generating import generate
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
 
 app = typer.Typer(
     cls=Commands,
@@ -15,6 +26,15 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Find the LoRA adapters that help each prompt, compose them on the fly, and generate.",
 )
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Find the LoRA adapters that help each prompt, compose them on the fly, and generate."""
+
+
 app.add_typer(indexing.app, name="index")
 app.add_typer(training.app, name="train")
 app.command()(generate)

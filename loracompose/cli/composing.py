@@ -26,7 +26,7 @@ def compose(
 
     opened = AdapterIndex.open(index) if index else None
     folders = [opened.path(name) if opened is not None and name in opened else Path(name) for name in adapters]
-    given = [float(weight) for weight in weights.split(",")] if weights else None
+    given = options.parse_weights(weights) if weights else None
     loaded = [load_adapter(folder) for folder in folders]
     merged = merge(loaded, given, composer=options.parse_composer(composer, settings))
     save_adapter(merged, output, overwrite=overwrite)

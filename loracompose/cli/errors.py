@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 import typer
@@ -17,7 +18,9 @@ class Commands(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except (ValueError, LookupError, OSError, ModuleNotFoundError) as error:
+        except (ValueError, LookupError, TypeError, OSError, ModuleNotFoundError, sqlite3.Error) as error:
             text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {escape(text)}", highlight=False)
+            Console(stderr=True, soft_wrap=True, emoji=False).print(
+                f"[bold red]error[/] {escape(text)}", highlight=False
+            )
             raise typer.Exit(2) from error

@@ -31,6 +31,10 @@ def generate(
     batch_size: Annotated[int | None, typer.Option(help="Prompts that run together; 32 if not given.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the adapters, scores and weights.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer to one prompt as it is written.")] = False,
+    beams: Annotated[int | None, typer.Option(help="Beam search of this width; greedy if not given.")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -46,13 +50,14 @@ def generate(
         base, index=index, composer=options.parse_composer(composer, settings), device=device, dtype=dtype
     )
     given = None if adapters is None else options.parse_set(adapters)
+    decoding = decoding_settings(beams, sample, temperature, seed)
     if stream:
-        show_stream(engine, asked, k, given, max_new_tokens)
+        show_stream(engine, asked, as_json, {"k": k, "adapters": given, "max_new_tokens": max_new_tokens, **decoding})
         return
     sets = None if given is None else [given] * len(asked)
     progress = not as_json and len(asked) > 1
     answers = engine.generate(
-        asked, k=k, adapters=sets, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        asked, k=k, adapters=sets, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress, **decoding
     )
     if as_json:
         tables.show_json([answer.as_dict() for answer in answers])
@@ -61,14 +66,33 @@ def generate(
         tables.console().print(tables.generation_panel(answer, number, explain))
 
 
-def show_stream(engine: Engine, asked: list[Any], k: int | None, given: Any, max_new_tokens: int) -> None:
+def decoding_settings(beams: int | None, sample: bool, temperature: float | None, seed: int | None) -> dict[str, Any]:
+    """What the model's `generate` is told about decoding.
+
+    Raises:
+        ValueError: a setting of sampling without --sample.
+    """
+    if not sample and (temperature is not None or seed is not None):
+        raise ValueError("--temperature and --seed belong to sampling: add --sample")
+    settings: dict[str, Any] = {"do_sample": sample}
+    if beams is not None:
+        settings["num_beams"] = beams
+    if temperature is not None:
+        settings["temperature"] = temperature
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    return settings
+
+
+def show_stream(engine: Engine, asked: list[Any], as_json: bool, settings: dict[str, Any]) -> None:
     """Print one answer as it is written."""
-    if len(asked) != 1:
-        raise ValueError(f"--stream answers one prompt, got {len(asked)}")
-    out = tables.console()
-    for piece in engine.stream(asked[0], k=k, adapters=given, max_new_tokens=max_new_tokens):
-        out.print(piece, end="", markup=False, soft_wrap=True)
-    out.print()
+    if len(asked) != 1 or as_json:
+        raise ValueError(f"--stream prints the text of one answer, got {len(asked)} prompts{' and --json' * as_json}")
+    for piece in engine.stream(asked[0], **settings):
+        typer.echo(piece, nl=False)
+    typer.echo()
 
 
 def read_prompts(file: Path) -> list[Any]:

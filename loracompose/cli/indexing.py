@@ -26,7 +26,7 @@ def build(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Build an index from a folder of adapters."""
+    """Build an index from a folder of adapters; status 1 if it holds none that can be indexed."""
     from loracompose import AdapterIndex
 
     quiet_loading()
@@ -34,11 +34,15 @@ def build(
     skipped = dict(made.report.skipped) if made.report else {}
     if as_json:
         tables.show_json({"index": str(index), "added": [card.name for card in made.cards], "skipped": skipped})
-        return
-    out = tables.console()
-    out.print(f"{index}: {len(made)} adapters indexed from {adapters}")
-    if skipped:
-        out.print(tables.table("left out", ("folder", "why"), [(escape(n), escape(w)) for n, w in skipped.items()]))
+    else:
+        tables.console().print(f"{index}: {len(made)} adapters indexed from {adapters}")
+        if skipped:
+            rows = [(escape(n), escape(w)) for n, w in skipped.items()]
+            tables.console().print(tables.table("left out", ("folder", "why"), rows))
+    if not len(made):
+        reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
+        typer.echo(f"nothing was indexed: {len(skipped)} subfolders looked at in {adapters}. {reasons}", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -46,19 +50,29 @@ def add(
     index: Folder,
     adapters: Annotated[list[Path], typer.Argument(help="Adapter folders.")],
     update: Annotated[bool, typer.Option("--update", help="Replace an adapter of the same name.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Add adapters to an index."""
     from loracompose import AdapterIndex
 
     quiet_loading()
     opened = AdapterIndex.open(index)
+    cards = []
     for folder in adapters:
         card = opened.update(folder) if update and folder.resolve().name in opened else opened.add(folder)
-        tables.console().print(f"{index}: {escape(card.name)} added, fingerprint {card.fingerprint[:12]}")
+        cards.append(card)
+        if not as_json:
+            tables.console().print(f"{index}: {escape(card.name)} added, fingerprint {card.fingerprint[:12]}")
+    if as_json:
+        tables.show_json([{"name": card.name, "fingerprint": card.fingerprint} for card in cards])
 
 
 @app.command()
-def remove(index: Folder, names: Annotated[list[str], typer.Argument(help="Names in the index.")]) -> None:
+def remove(
+    index: Folder,
+    names: Annotated[list[str], typer.Argument(help="Names in the index.")],
+    as_json: options.AsJson = False,
+) -> None:
     """Remove adapters from an index; a record of the deletion stays."""
     from loracompose import AdapterIndex
 
@@ -66,7 +80,10 @@ def remove(index: Folder, names: Annotated[list[str], typer.Argument(help="Names
     opened = AdapterIndex.open(index)
     for name in names:
         opened.remove(name)
-        tables.console().print(f"{index}: {escape(name)} removed")
+        if not as_json:
+            tables.console().print(f"{index}: {escape(name)} removed")
+    if as_json:
+        tables.show_json({"removed": names})
 
 
 @app.command()

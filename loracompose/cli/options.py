@@ -57,6 +57,18 @@ def parse_value(text: str) -> object:
         return text
 
 
+def parse_weights(text: str) -> list[float]:
+    """Numbers separated by commas.
+
+    Raises:
+        ValueError: one of them is no number.
+    """
+    try:
+        return [float(weight) for weight in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--weights {text!r}: give one number per adapter, such as 0.7,0.3") from None
+
+
 def parse_set(text: str) -> list[str] | dict[str, float]:
     """An adapter set: "a,b" is a list, "a=0.7,b=0.3" a mapping, "" the base model.
 

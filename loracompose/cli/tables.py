@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich import box
 from rich.console import Console, Group
 from rich.markup import escape
@@ -21,12 +22,12 @@ BAR = 12  # cells of a full weight bar
 
 def console() -> Console:
     """Where commands print."""
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)  # prompts and cards are shown as they are
 
 
 def show_json(value: Any) -> None:
     """JSON on standard output, for machines."""
-    Console(highlight=False, soft_wrap=True).print(json.dumps(value, indent=2, ensure_ascii=False), markup=False)
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> Table:

@@ -16,6 +16,7 @@ from loracompose.composition.clustering import kmeans
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.grouping import ModuleGroup, group_modules
 from loracompose.composition.linalg import canonical
+from loracompose.composition.settings import check_count
 
 CLUSTERING_BYTES = 1 << 26  # budget of one (G, n_init, R, k) tensor of the clustering, in float64
 
@@ -50,7 +51,8 @@ class Lego:
         k: clusters per module; None: the largest rank among the members that have the module.
         units: "raw": a and b as they are, so the result depends on the factorisation, as declared. "normalised":
             clustered by a and b of norm 1 each, averaged raw; depends on it, too. "canonical": singular
-            directions of each member, ‖a‖ = ‖b‖; does not.
+            directions of each member, ‖a‖ = ‖b‖; does not. On real adapters the three cannot be told apart
+            under "mass" (docs/lego_units.md); under "unit" canonical ranks fail.
         parameter_reweighting: whether centroids are scaled.
         output_reweighting: whether the update is scaled by √(r/k).
         cluster_weight: what a cluster counts.
@@ -78,14 +80,14 @@ class Lego:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"Lego: k must be at least 1 or None, got {self.k}")
+        check_count("Lego", "k", self.k, optional=True)
+        check_count("Lego", "n_init", self.n_init)
+        check_count("Lego", "max_iter", self.max_iter)
+        check_count("Lego", "seed", self.seed, least=0)
         if self.units not in ("raw", "normalised", "canonical"):
             raise ValueError(f"Lego: units must be 'raw', 'normalised' or 'canonical', got {self.units!r}")
         if self.cluster_weight not in ("mass", "unit"):
             raise ValueError(f"Lego: cluster_weight must be 'mass' or 'unit', got {self.cluster_weight!r}")
-        if self.n_init < 1 or self.max_iter < 1:
-            raise ValueError(f"Lego: n_init and max_iter must be at least 1, got {self.n_init} and {self.max_iter}")
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One rebuilt adapter per distinct row of weights."""

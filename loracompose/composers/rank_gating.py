@@ -14,6 +14,7 @@ from loracompose.composition.bank import RankBank
 from loracompose.composition.canonical import canonical_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext
+from loracompose.composition.settings import check_count
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class RankGating:
 
     Args:
         m: ranks kept per token and module.
+
+    Raises:
+        ValueError: m is out of its range.
     """
 
     m: int = 8
@@ -42,8 +46,7 @@ class RankGating:
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.m < 1:
-            raise ValueError(f"m must be at least 1 rank per token, got {self.m}")
+        check_count("RankGating", "m", self.m)
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Canonical ranks, gated by what each adds to the token."""
@@ -78,6 +81,6 @@ class TopRanks:
         w = w[:, None, :].expand_as(h)
         if self.m >= h.shape[-1]:
             return w
-        added = h.abs() * self.lengths * w.abs()  # (batch, seq, R)
+        added = torch.where(w != 0, h.abs() * self.lengths * w.abs(), 0.0)  # (batch, seq, R)
         top = added.topk(self.m, dim=-1).indices  # (batch, seq, m)
         return torch.zeros_like(h).scatter(-1, top, w.gather(-1, top))

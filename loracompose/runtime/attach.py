@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ LAYER = re.compile(r"^(?P<layer>.*?\.\d+)\.")  # the outermost numbered block: "
 
 
 @contextmanager
-def attach(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> Iterator[None]:
+def attach(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> Iterator[Attachment]:
     """Add each delta to the output of its module while the block runs.
 
     Weights are not touched and no module is replaced: outside the block the model is bit-identical to the
@@ -29,6 +32,9 @@ def attach(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> Iterator[Non
         deltas: module path -> delta; the rows of a batch given to the model are the rows of the deltas, or
             each row several times in a row as `generate` lays out beams and return sequences.
 
+    Yields:
+        The attachment, which knows afterwards which deltas never ran.
+
     Raises:
         LookupError: the model has no module of that path.
         ValueError: a delta does not fit its module's shape, or the module takes no (batch, seq, width) input.
@@ -36,7 +42,7 @@ def attach(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> Iterator[Non
     modules = {path: resolve(model, path) for path in deltas}
     for path, module in modules.items():
         check_fit(path, module, deltas[path])
-    request = Request(model)
+    request = Attachment(deltas)
     with ExitStack() as hooks:
         operators = {path: RowOperator(on_module(delta, modules[path])) for path, delta in deltas.items()}
         if any(deltas[path].gate is not None for path in deltas):
@@ -46,16 +52,34 @@ def attach(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> Iterator[Non
             hooks.callback(hook.remove)
         for path, operator in operators.items():
             hooks.callback(modules[path].register_forward_hook(request.module_hook(path, operator)).remove)
-        yield
+        yield request
 
 
-class Request:
-    """What gates may know about the running request; lives as long as one `attach`."""
+# Hooks are put on the model, so whoever generates must have it alone, whichever engine asks. Not state of the
+# library but of the models: an entry lives as long as its model.
+_LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
+_LOCKS_GUARD = threading.Lock()
 
-    def __init__(self, model: nn.Module) -> None:
+
+def model_lock(model: nn.Module) -> threading.Lock:
+    """The one lock of a model, shared by everybody who attaches to it."""
+    with _LOCKS_GUARD:
+        return _LOCKS.setdefault(model, threading.Lock())
+
+
+class Attachment:
+    """Deltas on a model: what has run, and what gates may know; lives as long as one `attach`."""
+
+    def __init__(self, deltas: Iterable[str]) -> None:
+        self._never_ran = dict.fromkeys(deltas)
         self._mask: Tensor | None = None
         self._layer_input: dict[str, Tensor] = {}
         self._memory: dict[str, Tensor] = {}
+
+    @property
+    def never_ran(self) -> tuple[str, ...]:
+        """Modules with a delta that the model has not called: their updates had no effect."""
+        return tuple(self._never_ran)
 
     def see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember the attention mask of this forward pass."""
@@ -75,6 +99,7 @@ class Request:
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             x = args[0]
+            self._never_ran.pop(path, None)
             if output.ndim != 3:
                 raise ValueError(
                     f"{path}: its output has shape {tuple(output.shape)}, expected (batch, seq, width); a module that "
@@ -131,7 +156,13 @@ def check_fit(path: str, module: nn.Module, delta: LowRankDelta) -> None:
 
 
 def on_module(delta: LowRankDelta, module: nn.Module) -> LowRankDelta:
-    """The delta on the device and in the dtype that the module computes with."""
+    """The delta on the device and in the dtype that the module computes with.
+
+    Embeddings that scale their output (Gemma, BART) scale the adapter's part as well, as PEFT does.
+    """
     weight = module.get_parameter("weight")
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    scale = getattr(module, "embed_scale", None)
+    if delta.kind == "embedding" and scale is not None:
+        delta = replace(delta, B=delta.B * torch.as_tensor(scale).to(delta.B))
     return delta.to(weight.device, dtype)

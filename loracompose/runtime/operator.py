@@ -15,14 +15,14 @@ from loracompose.runtime.plan import Form, choose_form
 def gather_rows(delta: LowRankDelta) -> LowRankDelta:
     """The same static delta with each row's own ranks, (batch, R', ...), its weights folded into B.
 
-    R' is the most ranks that a row uses; shorter rows are filled up with ranks of weight 0.
+    R' is the most ranks that a row uses; shorter rows are filled up with zeros.
     """
     used = delta.weights != 0  # (batch, R)
     widest = max(1, int(used.sum(dim=1).max()))
     pick = torch.argsort((~used).to(torch.int8), dim=1, stable=True)[:, :widest]  # (batch, R')
-    A = delta.A[pick]  # (batch, R', d_in)
     w = delta.weights.gather(1, pick)  # (batch, R')
-    B = delta.B.mT[pick] * w[..., None]  # (batch, R', d_out)
+    A = torch.where((w != 0)[..., None], delta.A[pick], 0.0)  # (batch, R', d_in)
+    B = torch.where((w != 0)[..., None], delta.B.mT[pick] * w[..., None], 0.0)  # (batch, R', d_out)
     return replace(delta, A=A, B=B.mT, weights=torch.ones_like(w))
 
 
@@ -50,7 +50,10 @@ class RowOperator:
         Raises:
             ValueError: the rows of x are not a multiple of the batch.
         """
-        rows, batch = x.shape[0], self._delta.batch
+        batch = self._delta.batch
+        if self._delta.kind == "embedding" and x.shape[0] == 1:
+            x = x.expand(batch, -1)  # positions are often looked up once for all rows; compositions differ by row
+        rows = x.shape[0]
         if rows % batch:
             raise ValueError(
                 f"{context.module}: {rows} rows of input for {batch} compositions; rows must be a multiple"

@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from loracompose import Adapter, LoraFactors, load_adapter
 from loracompose.composers.mixture import Mixture
+from loracompose.composition.bank import gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.runtime.attach import attach, layer_of
 from tests import laws, tiny
@@ -188,3 +192,52 @@ def scored(on: str, prompt: Tensor, sequence: Tensor, deltas: Any) -> Tensor:
 )
 def test_the_layer_of_a_module_is_its_outermost_numbered_block(path: str, layer: str):
     assert layer_of(path) == layer
+
+
+def test_an_embedding_that_scales_its_output_scales_the_adapter_too(tmp_path):
+    """Gemma multiplies by the root of the width; PEFT does the same to the adapter's part."""
+    config = Gemma3TextConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(config).eval()
+    peft = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["embed_tokens"])).eval()
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    peft.save_pretrained(tmp_path / "adapter")
+    banks = gather_banks([load_adapter(tmp_path / "adapter")])
+    ids = torch.arange(6)[None]
+    with torch.no_grad(), attach(model, Mixture().compose(banks, torch.ones(1, 1))):
+        got = model(ids).logits
+    with torch.no_grad():
+        assert tiny.relative_error(got, peft(ids).logits) < 1e-5
+        assert tiny.relative_error(got, model(ids).logits) > 1e-2
+
+
+def test_positions_looked_up_once_for_all_rows_take_every_rows_composition():
+    factors = [LoraFactors(torch.randn(2, 128), torch.randn(32, 2), "embedding") for _ in range(2)]
+    adapters = [Adapter(str(i), {"transformer.wpe": f}) for i, f in enumerate(factors)]
+    model, ids = tiny.base_model("gpt2"), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    deltas = Mixture().compose(gather_banks(adapters), torch.eye(2))
+    with torch.no_grad(), attach(model, deltas):
+        got = model(ids).logits
+    for row, f in enumerate(factors):
+        dense = tiny.base_model("gpt2")
+        dense.transformer.wpe.weight.data += (f.B @ f.A).T
+        with torch.no_grad():
+            assert tiny.relative_error(got[row], dense(ids[row : row + 1]).logits[0]) < 1e-5
+
+
+def test_modules_that_were_never_called_are_known_afterwards():
+    model = laws.base("llama")
+    with attach(model, {Q: delta_for("llama", Q)}) as attached:
+        assert attached.never_ran == (Q,)
+        laws.base("llama")(torch.ones(1, 3, dtype=torch.int64))
+        assert attached.never_ran == ()

@@ -54,6 +54,29 @@ def test_adapters_are_listed_added_updated_and_removed(home, tmp_path):
     assert read("index", "verify", tmp_path / "index") == {"ok": True, "problems": []}
 
 
+def test_adding_and_removing_speak_json(home, tmp_path):
+    run("index", "build", home / "pool", tmp_path / "index")
+    assert read("index", "remove", tmp_path / "index", "sums", "mood") == {"removed": ["sums", "mood"]}
+    added = read("index", "add", tmp_path / "index", home / "pool" / "sums", home / "pool" / "mood")
+    assert added == [{"name": n, "fingerprint": load_adapter(home / "pool" / n).fingerprint} for n in ("sums", "mood")]
+    assert read("index", "add", tmp_path / "index", home / "pool" / "sums", "--update") == added[:1]
+
+
+def test_a_build_that_indexes_nothing_fails_and_says_why(tmp_path):
+    (tmp_path / "pool" / "notes").mkdir(parents=True)
+    (tmp_path / "pool" / "[draft]").mkdir()
+    told = "nothing was indexed: 2 subfolders looked at"
+    result = run("index", "build", tmp_path / "pool", tmp_path / "index", status=1)
+    assert told in result.stderr
+    assert "notes: no adapter_config.json" in result.stderr
+    assert "[draft]: no adapter_config.json" in result.stderr
+    result = run("index", "build", tmp_path / "pool", tmp_path / "index", "--overwrite", "--json", status=1)
+    assert sorted(json.loads(result.stdout)["skipped"]) == ["[draft]", "notes"]
+    assert told in result.stderr
+    (tmp_path / "none").mkdir()
+    assert "0 subfolders" in run("index", "build", tmp_path / "none", tmp_path / "other", status=1).stderr
+
+
 def test_verify_fails_when_an_adapter_has_changed(home, tmp_path):
     run("index", "build", home / "pool", tmp_path / "index", "--copy")
     config = next((tmp_path / "index").rglob("sql*/adapter_config.json"))
@@ -108,7 +131,10 @@ def test_compose_writes_an_adapter_with_its_recipe(home, tmp_path):
         (("generate", "x", "--composer", "lora"), "no composer named 'lora'"),
         (("generate", "x", "--composer", "mixture", "--set", "k=3"), "has no settings"),
         (("generate", "x", "--index", "nowhere"), "nowhere"),
-        (("generate", "a", "b", "--stream", "--adapters", ""), "one prompt"),
+        (("generate", "a", "b", "--stream", "--adapters", ""), "one answer"),
+        (("generate", "a", "--stream", "--json", "--adapters", ""), "--json"),
+        (("generate", "a", "--adapters", "", "--seed", "1"), "add --sample"),
+        (("compose", "a", "b", "-o", "out", "-w", "1,x"), "one number per adapter"),
         (("generate", "x", "--adapters", "a=1,b"), "every adapter a weight"),
         (("index", "search", "nowhere", "x"), "nowhere"),
         (("compose", "nowhere", "-o", "out"), "nowhere"),
@@ -142,3 +168,22 @@ def test_train_writes_an_adapter_that_the_index_takes(home, tmp_path):
     assert read("index", "build", tmp_path / "pool", tmp_path / "index")["added"] == ["plus"]
     again = run("train", "adapter", data, "-o", tmp_path / "pool" / "plus", *common, status=2)
     assert "exists" in again.stderr
+
+
+def test_json_shows_prompts_as_they_are(home):
+    prompt = ":smile: [red]x[/red] ünï"
+    answer = read("generate", prompt, "--adapters", "", "--base", home / "base", "--max-new-tokens", "2")[0]
+    assert answer["prompt"] == prompt
+    shown = run("generate", prompt, "--adapters", "", "--base", home / "base", "--max-new-tokens", "2").stdout
+    assert ":smile: [red]x[/red] ünï" in shown
+
+
+def test_sampling_with_a_seed_is_repeatable(home):
+    common = ("generate", "a b", "--adapters", "", "--base", home / "base", "--max-new-tokens", "12", "--sample")
+    first, again = (read(*common, "--seed", "7", "--temperature", "3.0")[0]["text"] for _ in range(2))
+    assert first == again
+    assert first != read(*common, "--seed", "8", "--temperature", "3.0")[0]["text"]
+
+
+def test_the_version_is_told():
+    assert run("--version").stdout.strip()

@@ -88,6 +88,23 @@ def test_auto_is_float32_on_a_cpu_and_bfloat16_on_cuda():
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:x", "cuda:99", "meta", "", None])
+def test_a_device_that_is_not_there_is_refused_and_those_that_are_named(device):
+    with pytest.raises(ValueError, match=r"device must be auto.*this machine has cpu"):
+        pick_device(device)
+
+
+def test_cuda_is_refused_where_there_is_none_and_taken_where_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"got 'cuda'; this machine has cpu$"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
+    with pytest.raises(ValueError, match=r"got 'cuda:2'; this machine has cpu, cuda:0, cuda:1"):
+        pick_device("cuda:2")
+
+
 @pytest.mark.parametrize("dtype", ["float23", "int8", torch.int64, "nn"])
 def test_what_is_no_floating_dtype_is_refused(dtype):
     with pytest.raises(ValueError, match="dtype must be auto, float32"):
@@ -185,6 +202,48 @@ def test_the_revision_of_an_encoder_is_its_content(tmp_path):
     assert a == b != c
     assert a.startswith("sha256:")
     assert len(a) == len("sha256:") + 16
+
+
+def encoder_folder(folder: Path) -> Path:
+    files = {
+        "model.safetensors": "weights",
+        "config.json": "{}",
+        "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
+        "sentence_bert_config.json": '{"max_seq_length": 256}',
+        "tokenizer.json": "{}",
+        "vocab.txt": "a b",
+        "README.md": "words",
+        ".gitattributes": "",
+        "data_config.json": "[]",
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
+WHAT_COUNTS = ("model.safetensors", "1_Pooling/config.json", "sentence_bert_config.json", "tokenizer.json", "vocab.txt")
+
+
+@pytest.mark.parametrize("file", [*WHAT_COUNTS, "added.json", "spiece.model"])
+def test_what_changes_the_vectors_of_an_encoder_changes_its_revision(tmp_path, file):
+    before = encoder_revision(encoder_folder(tmp_path / "encoder"))
+    (tmp_path / "encoder" / file).write_text("changed")
+    assert encoder_revision(tmp_path / "encoder") != before
+
+
+def test_a_pooling_that_moves_to_another_module_changes_the_revision(tmp_path):
+    before = encoder_revision(encoder_folder(tmp_path / "encoder"))
+    (tmp_path / "encoder" / "1_Pooling").rename(tmp_path / "encoder" / "2_Pooling")
+    assert encoder_revision(tmp_path / "encoder") != before
+
+
+def test_what_no_loader_reads_leaves_the_revision_of_an_encoder_as_it_is(tmp_path):
+    before = encoder_revision(encoder_folder(tmp_path / "encoder"))
+    for file in ("README.md", ".gitattributes", "data_config.json", "LICENSE", ".cache/huggingface/state.json"):
+        (tmp_path / "encoder" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "encoder" / file).write_text("other")
+    assert encoder_revision(tmp_path / "encoder") == before
 
 
 def test_an_encoder_without_weights_or_not_yet_here_has_no_revision(tmp_path, hub_cache):

@@ -92,13 +92,13 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, overwrite: bool)
     try:
         fill(fresh)
         for file in fresh.iterdir():
-            _sync(file)
-        _sync(fresh)
+            sync(file)
+        sync(fresh)
         _swap(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
@@ -127,7 +127,7 @@ def _swap(fresh: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return

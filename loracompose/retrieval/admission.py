@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from loracompose.adapters.checkpoint import load_adapter
+from loracompose.adapters.folder import sync
 from loracompose.retrieval.cards import Card, read_card
 
 CONFIG_FILE = "adapter_config.json"
@@ -67,6 +70,18 @@ def discard_copy(place: Path, home: Path) -> None:
         shutil.rmtree(place.parent, ignore_errors=True)
 
 
+def foreign_copies(copies: Path) -> list[Path]:
+    """What lies in the folder of copies without being one: a copy is <12 digits>/<name>/<copied files>, no more."""
+    foreign = []
+    for path in copies.rglob("*"):
+        digits, *rest = path.relative_to(copies).parts
+        copied = path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COPIED)
+        fits = copied if len(rest) == 2 else path.is_dir() and len(rest) < 2
+        if not fits or path.is_symlink() or not re.fullmatch("[0-9a-f]{12}", digits):
+            foreign.append(path)
+    return foreign
+
+
 def _complete(card: Card, place: Path) -> Card:
     adapter = load_adapter(place)  # freed at once: a build admits many
     return replace(card, fingerprint=adapter.fingerprint, base_model=adapter.base_model)
@@ -77,5 +92,7 @@ def _copy(source: Path, home: Path) -> Path:
     target = home / COPIES / uuid.uuid4().hex[:12] / source.name
     target.mkdir(parents=True)
     for file in sorted({file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}):
-        shutil.copyfile(file, target / file.name)
+        sync(shutil.copyfile(file, target / file.name))
+    for folder in (target, target.parent, home / COPIES, home):  # each holds the name of the one before
+        sync(folder)
     return target

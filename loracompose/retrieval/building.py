@@ -7,13 +7,15 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loracompose.retrieval.admission import CONFIG_FILE, Admitted, admitted
+from loracompose.adapters.folder import sync
+from loracompose.retrieval.admission import CONFIG_FILE, COPIES, Admitted, admitted, foreign_copies
 from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog, Settings
 from loracompose.retrieval.embedding import Embedder, SentenceTransformerEmbedder, representation, unit_vectors
@@ -21,6 +23,9 @@ from loracompose.retrieval.snapshot import take_snapshot
 
 CATALOG_FILE = "catalog.sqlite"
 VECTORS_FILE = "vectors.faiss"
+
+# SQLite's own files beside the catalog, and what a crash in the middle of writing the faiss file leaves.
+_OWN = (*(CATALOG_FILE + end for end in ("", "-wal", "-shm", "-journal")), f"{VECTORS_FILE}*", f".{VECTORS_FILE}*")
 
 T = TypeVar("T")
 
@@ -46,6 +51,7 @@ def build(
 ) -> BuildReport:
     """Build a whole index aside and rename it to `home`; arguments and errors are those of `AdapterIndex.build`."""
     folders = _subfolders(source)
+    _check_apart([source, *folders], home)
     check_free(home, overwrite=overwrite)  # before the encoder takes its time
     settings = describe(embedder, instruction=instruction, copies=copies)
     with built_aside(home, overwrite=overwrite) as aside:
@@ -124,7 +130,8 @@ def built_aside(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary sibling that becomes `folder` at the end, or disappears if the block fails.
 
     Raises:
-        FileExistsError: the folder is there already, and `overwrite` is False or it is not an index.
+        FileExistsError: the folder is there already, and `overwrite` is False, or it is not an index, or it holds
+            something else besides.
     """
     check_free(folder, overwrite=overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -137,6 +144,7 @@ def built_aside(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         replaced = folder.exists()
         if replaced:
             folder.rename(old)
+        sync(aside)
         try:
             aside.rename(folder)
         except OSError:
@@ -145,17 +153,43 @@ def built_aside(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that must not be replaced."""
+    """Refuse a folder that must not be replaced: no index, an index without `overwrite`, or more than an index."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / CATALOG_FILE).is_file():
         raise FileExistsError(f"{folder} exists and is not an index; choose another place")
     if not overwrite:
         raise FileExistsError(f"{folder} is an index already; open it, or build with overwrite=True")
+    if foreign := _foreign(folder):
+        raise FileExistsError(
+            f"{folder} is not replaced, for it holds what the index did not write: {', '.join(foreign[:10])}"
+            f"{', ...' if len(foreign) > 10 else ''}; move that elsewhere first"
+        )
+
+
+def _foreign(home: Path) -> list[str]:
+    """Entries of an index folder that no index writes, relative to it."""
+    others = [path for path in home.iterdir() if path.is_dir() or not any(fnmatch(path.name, own) for own in _OWN)]
+    copies = home / COPIES
+    if copies in others and not copies.is_symlink():
+        others.remove(copies)
+        others += foreign_copies(copies)
+    return sorted(path.relative_to(home).as_posix() for path in others)
+
+
+def _check_apart(sources: list[Path], home: Path) -> None:
+    """Refuse adapters that replacing the index would delete."""
+    for place in (source.resolve() for source in sources):
+        if place.is_relative_to(home.resolve()):
+            raise ValueError(
+                f"the adapters to index are in {place}, which is {'' if place == home.resolve() else 'in '}the index "
+                f"folder {home} that would be replaced with all it holds; move them or choose another index folder"
+            )
 
 
 def _subfolders(source: Path) -> list[Path]:

@@ -17,13 +17,15 @@ class Database:
     """One open SQLite file.
 
     Threads share one connection under a lock that a transaction holds to its end, so no thread ever reads the
-    half-made change of another. Writers of other processes are waited for, up to 30 seconds.
+    half-made change of another. Writers of other processes are waited for, up to 30 seconds. Once another file
+    stands at the path, every use is a ValueError: changes to the old one would be lost.
     """
 
     def __init__(self, path: Path, mode: str) -> None:
         self.path = path
         self.writable = mode in ("rw", "rwc")
         self._lock = threading.RLock()
+        before = _identity(path)  # not after opening: a file that is put there in between must be noticed
         self._open: sqlite3.Connection | None = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode={mode}",
             uri=True,
@@ -32,6 +34,7 @@ class Database:
             check_same_thread=False,
         )
         self._open.execute("PRAGMA foreign_keys = ON")
+        self._file = before or _identity(path)
 
     @classmethod
     def create(cls, path: Path, schema: str) -> Database:
@@ -128,4 +131,17 @@ class Database:
     def _connection(self) -> sqlite3.Connection:
         if self._open is None:
             raise ValueError(f"{self.path} was closed; open the index again")
+        if _identity(self.path) != self._file:  # what this connection still holds has no name any more
+            raise ValueError(
+                f"{self.path} is not the file that was opened: the index was replaced, moved or deleted since; "
+                "open the index again"
+            )
         return self._open
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino

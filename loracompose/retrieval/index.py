@@ -76,13 +76,14 @@ class AdapterIndex:
             copy: copy the adapters into the index folder, now and with every `add`; otherwise the index refers to
                 them by relative path.
             strict: raise if an adapter cannot be indexed, instead of leaving it out.
-            overwrite: replace the index that is in `index_folder`.
+            overwrite: replace the index that is in `index_folder`; whoever has it open must open it again.
             progress: show progress bars.
 
         Raises:
             FileNotFoundError: there is no source folder.
-            FileExistsError: `index_folder` is not free.
-            ValueError: strict, and an adapter cannot be indexed; or the embedder misbehaves.
+            FileExistsError: `index_folder` is not free, or holds what no index wrote.
+            ValueError: strict, and an adapter cannot be indexed; the embedder misbehaves; or `source_folder` is in
+                `index_folder`.
         """
         home = Path(index_folder).resolve()
         encoder = as_embedder(embedder)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +100,74 @@ def test_a_folder_that_is_no_index_is_never_replaced(pool, tmp_path, embedder):
     with pytest.raises(FileExistsError, match="is not an index"):
         AdapterIndex.build(pool, tmp_path / "thesis", embedder=embedder, overwrite=True)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+def test_an_index_never_replaces_the_folder_that_its_adapters_come_from(pool, tmp_path, embedder):
+    home = tmp_path / "index"
+    AdapterIndex.build(pool, home, embedder=embedder).close()
+    mine = make_adapter(home / "mine" / "poem", ["write a poem"]).parent
+    (tmp_path / "linked").symlink_to(mine)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "poem").symlink_to(mine / "poem")
+    for source in (mine, home, tmp_path / "linked", home / "mine" / ".." / "mine", tmp_path / "links"):
+        with pytest.raises(ValueError, match=rf"index folder {home} that would be replaced.*; move them") as told:
+            AdapterIndex.build(source, home, embedder=embedder, overwrite=True)
+        assert str(home if source == home else mine) in str(told.value)
+    assert (mine / "poem" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "mine/", "adapters/mine/", "adapters/0123456789ab/sql/train.py"])
+def test_an_index_folder_with_anything_else_in_it_is_never_replaced(pool, tmp_path, embedder, foreign):
+    home = tmp_path / "index"
+    AdapterIndex.build(pool, home, embedder=embedder, copy=True).close()
+    place = home / foreign
+    (place if foreign.endswith("/") else place.parent).mkdir(parents=True, exist_ok=True)
+    if not foreign.endswith("/"):
+        place.write_text("years of work")
+    with pytest.raises(FileExistsError, match=rf"did not write: .*{foreign.rstrip('/')}.*move"):
+        AdapterIndex.build(pool, home, embedder=embedder, overwrite=True)
+    assert place.exists()
+    assert hidden(tmp_path) == []
+    with AdapterIndex.open(home, embedder=embedder) as index:
+        assert len(index) == 4
+
+
+def test_an_index_of_copies_that_was_changed_and_is_open_is_replaced_when_asked(pool, tmp_path, embedder):
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, copy=True) as index:
+        (pool / "sql" / "LICENSE").write_text("mit")
+        index.update(make_adapter(pool / "sql", ["select everything"], seed=77))
+        index.search(["anything"])
+        (tmp_path / "index" / ".vectors.faiss.1.2").write_bytes(b"what a crash leaves")
+        AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, overwrite=True).close()
+    assert hidden(tmp_path) == []
+
+
+def test_copies_are_on_the_disk_before_the_index_names_them(pool, tmp_path, embedder, monkeypatch):
+    steps = []
+    sync, rename = os.fsync, Path.rename
+
+    def watched_sync(descriptor):
+        steps.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def watched_rename(path, target):
+        steps.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    home = tmp_path / "index"
+    with AdapterIndex.build(pool, home, embedder=embedder, copy=True) as index:
+        before, after = steps[: steps.index("rename")], steps[steps.index("rename") :]
+        written = [home, home / "adapters", *(home / "adapters").rglob("*")]
+        assert len(written) == 2 + 4 * (2 + 3)
+        assert {path.stat().st_ino for path in written} <= set(before)
+        assert tmp_path.stat().st_ino in after
+        steps.clear()
+        index.add(make_adapter(tmp_path / "late" / "poem", ["write a poem"], seed=9))
+        place = index.path("poem")
+        written = [place, place.parent, home / "adapters", *place.iterdir()]
+        assert {path.stat().st_ino for path in written} <= set(steps)
 
 
 def test_a_missing_source_is_an_error_and_an_empty_one_an_empty_index(tmp_path, embedder):

@@ -21,6 +21,32 @@ def test_a_change_by_another_process_is_seen_by_the_next_search(index, tmp_path,
     assert "sql" not in index.search(PROMPTS, k=9).names
 
 
+def test_an_index_that_was_replaced_is_neither_searched_nor_changed_by_those_who_had_it_open(
+    index, pool, tmp_path, embedder
+):
+    index.search(PROMPTS)
+    poem = make_adapter(tmp_path / "late" / "poem", ["write a poem"], seed=9)
+    shutil.rmtree(pool / "sql")
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, overwrite=True) as new:
+        for use in (
+            lambda: index.search(PROMPTS),
+            lambda: index.add(poem),
+            lambda: index.update(pool / "mood"),
+            lambda: index.remove("mood"),
+            lambda: index.card("sql"),
+        ):
+            with pytest.raises(ValueError, match=r"catalog\.sqlite is not the file .* opened.*open the index again"):
+                use()
+        assert sorted(new.search(PROMPTS, k=9).names) == ["french", "mood", "sums"]
+        assert [card.name for card in new.cards] == ["french", "mood", "sums"]
+
+
+def test_an_index_that_was_deleted_says_so(index, tmp_path):
+    shutil.rmtree(tmp_path / "index")
+    with pytest.raises(ValueError, match="replaced, moved or deleted"):
+        index.search(PROMPTS)
+
+
 def test_removing_never_touches_an_adapter_outside_the_index(index, pool):
     index.remove("sql")
     assert (pool / "sql" / "adapter_model.safetensors").exists()

@@ -17,14 +17,14 @@ from loracompose.retrieval.weighting import softmax_weights
 _FAISS: Any = faiss  # its stubs know the constructors of C++, not those of Python
 
 
-def search(
+def search_means(
     snapshot: Snapshot,
     queries: NDArray[np.float32],
     k: int,
     allowed: NDArray[np.bool_],
     excluded: Sequence[set[int]],
 ) -> Retrieval:
-    """The k best rows for each query among those allowed and not excluded; fewer only if there are fewer.
+    """The k adapters of nearest mean for each query, of those allowed and not excluded; fewer only if there are fewer.
 
     Args:
         snapshot: what to search.
@@ -34,14 +34,35 @@ def search(
         excluded: for each query the rows it must not get.
     """
     rows, scores = _nearest(snapshot, queries, k, allowed, excluded)  # (batch, k')
+    return _retrieval(snapshot, rows, scores, snapshot.temperature("mean"))
+
+
+def search_scores(
+    snapshot: Snapshot,
+    scores: NDArray[np.float64],
+    k: int,
+    allowed: NDArray[np.bool_],
+    excluded: Sequence[set[int]],
+) -> Retrieval:
+    """The k best adapters for each prompt by their log probabilities, (batch, N); otherwise as `search_means`."""
+    masked = np.where(allowed, scores, -np.inf).astype(np.float32)
+    for row, banned in zip(masked, excluded, strict=True):
+        row[list(banned)] = -np.inf
+    order = np.argsort(-masked, axis=1, kind="stable")[:, :k]  # stable: of equals the earlier row
+    return _retrieval(snapshot, order, np.take_along_axis(masked, order, axis=1), 1.0)
+
+
+def _retrieval(
+    snapshot: Snapshot, rows: NDArray[np.int64], scores: NDArray[np.float32], temperature: float
+) -> Retrieval:
     retrieved = np.isfinite(scores)
     columns = np.unique(rows[retrieved])  # (K,), ascending: index order
-    table = np.full((len(queries), len(columns)), -np.inf, dtype=np.float32)
+    table = np.full((len(rows), len(columns)), -np.inf, dtype=np.float32)
     prompts = np.nonzero(retrieved)[0]
     table[prompts, np.searchsorted(columns, rows[retrieved])] = scores[retrieved]
     found = torch.from_numpy(table)  # (batch, K)
     cards = tuple(snapshot.cards[row] for row in columns)
-    return Retrieval(cards, found, softmax_weights(found, snapshot.temperature))
+    return Retrieval(cards, found, softmax_weights(found, temperature))
 
 
 def _nearest(

@@ -34,8 +34,9 @@ class AdapterIndex:
 
     Prompts and examples are embedded with and without an instruction. `scoring` says how they are compared:
 
-    - "discriminant", the default: under the covariance of what varies within adapters (`discriminant.py`); the
-      score is the logarithm of the probability of the adapter given the prompt.
+    - "hybrid", the default: the discriminant and the words themselves (`lexicon.py`), weighed by how well they find
+      the adapters of held-out examples; the score is the logarithm of p(adapter | prompt).
+    - "discriminant": under the covariance of what varies within adapters (`discriminant.py`); likewise log p.
     - "mean": the cosine with the renormalised mean of the adapter's instructed examples (LoraRetriever,
       arXiv:2402.09997, except that the paper's code does not renormalise the mean).
 
@@ -270,7 +271,7 @@ class AdapterIndex:
             texts = [snapshot.settings.instruction + prompt for prompt in prompts]
             queries = unit_vectors(self.embedder, texts, snapshot.settings.dimension)
             return search_means(snapshot, queries, k, allowed, excluded)
-        scores = snapshot.discriminant.scores(features(self.embedder, prompts, snapshot.settings))
+        scores = snapshot.scores(way, features(self.embedder, prompts, snapshot.settings), prompts)
         return search_scores(snapshot, scores, k, allowed, excluded)
 
     def _enter(self, folder: str | Path, *, update: bool) -> Card:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, cast, get_args
 
-Scoring = Literal["discriminant", "mean"]
+Scoring = Literal["hybrid", "discriminant", "mean"]
 SCORINGS: tuple[str, ...] = get_args(Scoring)
 
-DEFAULT_SCORING: Scoring = "discriminant"
+DEFAULT_SCORING: Scoring = "hybrid"
 
 
 def check_scoring(given: str) -> Scoring:

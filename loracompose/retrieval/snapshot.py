@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 
 from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog, Entry, Settings
-from loracompose.retrieval.discriminant import Discriminant, Spectrum, Statistics, fit_discriminant
+from loracompose.retrieval.discriminant import Discriminant, Spectrum, Statistics, fit_discriminant, own_columns
 from loracompose.retrieval.embedding import instructed, representation
+from loracompose.retrieval.hybrid import Hybrid, fit_weights
+from loracompose.retrieval.lexicon import Keys, Lexicon, read_profile
 from loracompose.retrieval.scoring import Scoring
 from loracompose.retrieval.weighting import fit_temperature
 
@@ -48,8 +50,14 @@ class Snapshot:
     vectors: Any
     examples: tuple[NDArray[np.float32], ...]
     statistics: Statistics
-    discriminant: Discriminant
+    hybrid: Hybrid
     mean_temperature: float
+
+    def scores(self, scoring: Scoring, features: NDArray[np.float32], prompts: Sequence[str]) -> NDArray[np.float64]:
+        """The logarithm of p(adapter | prompt), (batch, N), for prompts and their features, (batch, width)."""
+        if scoring == "hybrid":
+            return self.hybrid.scores(features, prompts)
+        return self.hybrid.discriminant.scores(features)
 
     def temperature(self, scoring: Scoring) -> float:
         """The temperature at which the scores of this scoring fit the examples."""
@@ -88,15 +96,13 @@ def take_snapshot(catalog: Catalog, file: Path, previous: Snapshot | None = None
         if catalog.writable:
             catalog.note(VECTORS_KEY, generation, _write_vectors(file, vectors))
     statistics = _statistics(entries, examples, settings, previous)
-    spectrum = Spectrum.of(statistics)
+    spectrum, lexicon = Spectrum.of(statistics), _lexicon(entries, previous)
     if fitted is None:
-        rows, sample = _sample(examples)
-        means = fit_temperature(all_vectors(vectors), [instructed(group) for group in sample], rows)
-        fitted = json.dumps({"means": means, "discriminant": fit_discriminant(spectrum, sample, rows)})
+        fitted = json.dumps(_fit(vectors, examples, spectrum, lexicon))
         catalog.note(FITTED_KEY, generation, fitted)
     chosen = json.loads(fitted)
-    discriminant = Discriminant.of(spectrum, *chosen["discriminant"])
-    return Snapshot(generation, settings, entries, vectors, examples, statistics, discriminant, chosen["means"])
+    hybrid = Hybrid(Discriminant.of(spectrum, *chosen["discriminant"]), lexicon, tuple(chosen["weights"]))
+    return Snapshot(generation, settings, entries, vectors, examples, statistics, hybrid, chosen["temperature"])
 
 
 def all_vectors(vectors: Any) -> NDArray[np.float32]:
@@ -178,6 +184,29 @@ def _statistics(
     gone = [row for row, entry in enumerate(previous.entries) if entry.id not in present]
     come = [group for entry, group in zip(entries, examples, strict=True) if entry.id not in past]
     return previous.statistics.removing(gone, [previous.examples[row] for row in gone]).adding(come)
+
+
+def _lexicon(entries: tuple[Entry, ...], previous: Snapshot | None) -> Lexicon:
+    known: dict[int, tuple[Keys, ...]] = {}
+    if previous is not None:
+        profiles = previous.hybrid.lexicon.profiles
+        known = {entry.id: profile for entry, profile in zip(previous.entries, profiles, strict=True)}
+    return Lexicon(tuple(known.get(entry.id) or read_profile(entry.card.examples) for entry in entries))
+
+
+def _fit(
+    vectors: Any, examples: tuple[NDArray[np.float32], ...], spectrum: Spectrum, lexicon: Lexicon
+) -> dict[str, Any]:
+    """All that is chosen by holding out examples, as JSON keeps it."""
+    rows, sample = _sample(examples)
+    shrinkage, temperature = fit_discriminant(spectrum, sample, rows)
+    own = own_columns(sample, rows)
+    meaning = spectrum.held_out([group @ spectrum.axes for group in sample], rows, shrinkage) / temperature
+    return {
+        "temperature": fit_temperature(all_vectors(vectors), [instructed(group) for group in sample], rows),
+        "discriminant": (shrinkage, temperature),
+        "weights": fit_weights([meaning, lexicon.held_out(rows)], own),
+    }
 
 
 def _sample(examples: tuple[NDArray[np.float32], ...]) -> tuple[list[int], list[NDArray[np.float32]]]:

@@ -142,9 +142,13 @@ class Discriminant:
         squares = (white**2).sum(axis=1)[:, None] - 2.0 * white @ self.means.T + (self.means**2).sum(axis=1)
         return np.asarray(np.maximum(squares, 0.0))
 
+    def fits(self, features: NDArray[np.float32]) -> Floats:
+        """How well features (batch, D) fit each adapter, (batch, K): log p(prompt | adapter) up to a constant."""
+        return -0.5 * self.distances(features) / self.temperature
+
     def scores(self, features: NDArray[np.float32]) -> Floats:
         """The logarithm of p(adapter | prompt) under equal priors, (batch, K), for features (batch, D)."""
-        return log_softmax(-0.5 * self.distances(features) / self.temperature)
+        return log_softmax(self.fits(features))
 
 
 def fit_discriminant(

@@ -32,15 +32,18 @@ class Hybrid:
     lexicon: Lexicon
     weights: tuple[float, float]
 
-    def scores(self, features: NDArray[np.float32], prompts: Sequence[str]) -> Floats:
-        """The logarithm of p(adapter | prompt), (batch, K), for prompts and their features, (batch, D)."""
-        return log_softmax(sum(self.channels(features, prompts).values(), np.zeros(())))
+    def fits(self, features: NDArray[np.float32], prompts: Sequence[str]) -> Floats:
+        """How well prompts and their features, (batch, D), fit each adapter, (batch, K).
+
+        Their softmax over the adapters is p(adapter | prompt).
+        """
+        return np.asarray(sum(self.channels(features, prompts).values()))
 
     def channels(self, features: NDArray[np.float32], prompts: Sequence[str]) -> Mapping[str, Floats]:
-        """What each channel adds to the score before normalisation, each (batch, K)."""
+        """What each channel adds to the fit, each (batch, K)."""
         meaning, wording = self.weights
         words = [self.lexicon.scores(ngram_keys(prompt)) for prompt in prompts]
-        parts = (meaning * self.discriminant.scores(features), wording * np.stack(words))
+        parts = (meaning * self.discriminant.fits(features), wording * np.stack(words))
         return dict(zip(CHANNELS, parts, strict=True))
 
 

@@ -24,7 +24,7 @@ from loracompose.retrieval.embedding import (
 from loracompose.retrieval.filtering import Exclude, Where, allowed_rows, check_request, excluded_rows
 from loracompose.retrieval.result import Retrieval
 from loracompose.retrieval.scoring import DEFAULT_SCORING, Scoring, check_scoring
-from loracompose.retrieval.search import search_means, search_scores
+from loracompose.retrieval.search import search_fits, search_means
 from loracompose.retrieval.snapshot import Snapshot, take_snapshot
 from loracompose.retrieval.verification import VerifyReport, verify
 
@@ -271,8 +271,8 @@ class AdapterIndex:
             texts = [snapshot.settings.instruction + prompt for prompt in prompts]
             queries = unit_vectors(self.embedder, texts, snapshot.settings.dimension)
             return search_means(snapshot, queries, k, allowed, excluded)
-        scores = snapshot.scores(way, features(self.embedder, prompts, snapshot.settings), prompts)
-        return search_scores(snapshot, scores, k, allowed, excluded)
+        fits = snapshot.fits(way, features(self.embedder, prompts, snapshot.settings), prompts)
+        return search_fits(snapshot, way, fits, k, allowed, excluded)
 
     def _enter(self, folder: str | Path, *, update: bool) -> Card:
         settings = self.catalog.settings

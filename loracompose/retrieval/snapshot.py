@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,14 @@ from numpy.typing import NDArray
 
 from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog, Entry, Settings
-from loracompose.retrieval.discriminant import Discriminant, Spectrum, Statistics, fit_discriminant, own_columns
-from loracompose.retrieval.embedding import instructed, representation
-from loracompose.retrieval.hybrid import Hybrid, fit_weights
+from loracompose.retrieval.discriminant import Discriminant, Spectrum, Statistics
+from loracompose.retrieval.embedding import representation
+from loracompose.retrieval.fitting import Fitted, fit
+from loracompose.retrieval.hybrid import Hybrid
 from loracompose.retrieval.lexicon import Keys, Lexicon, read_profile
 from loracompose.retrieval.scoring import Scoring
-from loracompose.retrieval.weighting import fit_temperature
 
 VECTORS_KEY, FITTED_KEY = "vectors", "fitted"
-
-_FITTED_EXAMPLES = 2048
-"""Examples that temperatures and shrinkage are fitted on at most; more change their third digit and cost seconds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +48,26 @@ class Snapshot:
     examples: tuple[NDArray[np.float32], ...]
     statistics: Statistics
     hybrid: Hybrid
-    mean_temperature: float
+    fitted: Fitted
 
-    def scores(self, scoring: Scoring, features: NDArray[np.float32], prompts: Sequence[str]) -> NDArray[np.float64]:
-        """The logarithm of p(adapter | prompt), (batch, N), for prompts and their features, (batch, width)."""
+    def fits(self, scoring: Scoring, features: NDArray[np.float32], prompts: Sequence[str]) -> NDArray[np.float64]:
+        """How well prompts and their features, (batch, width), fit each adapter; softmax is p(adapter | prompt)."""
         if scoring == "hybrid":
-            return self.hybrid.scores(features, prompts)
-        return self.hybrid.discriminant.scores(features)
+            return self.hybrid.fits(features, prompts)
+        return self.hybrid.discriminant.fits(features)
+
+    def typicality(self, scoring: Scoring, fits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Conformal p-values, (batch,), of the best fits of prompts: the share of the examples that fit no better.
+
+        Each example is counted as it fits when it is held out, and the prompt itself as one more. Of prompts like the
+        examples at most a share alpha has a value of alpha or less.
+        """
+        known = np.asarray(self.fitted.calibration[scoring])
+        return np.asarray((1 + np.searchsorted(known, fits, side="right")) / (1 + len(known)))
 
     def temperature(self, scoring: Scoring) -> float:
         """The temperature at which the scores of this scoring fit the examples."""
-        return self.mean_temperature if scoring == "mean" else 1.0
+        return self.fitted.mean_temperature if scoring == "mean" else 1.0
 
     @cached_property
     def cards(self) -> tuple[Card, ...]:
@@ -98,11 +104,12 @@ def take_snapshot(catalog: Catalog, file: Path, previous: Snapshot | None = None
     statistics = _statistics(entries, examples, settings, previous)
     spectrum, lexicon = Spectrum.of(statistics), _lexicon(entries, previous)
     if fitted is None:
-        fitted = json.dumps(_fit(vectors, examples, spectrum, lexicon))
+        fitted = json.dumps(asdict(fit(all_vectors(vectors), examples, spectrum, lexicon)))
         catalog.note(FITTED_KEY, generation, fitted)
-    chosen = json.loads(fitted)
-    hybrid = Hybrid(Discriminant.of(spectrum, *chosen["discriminant"]), lexicon, tuple(chosen["weights"]))
-    return Snapshot(generation, settings, entries, vectors, examples, statistics, hybrid, chosen["temperature"])
+    chosen = Fitted(**json.loads(fitted))
+    discriminant = Discriminant.of(spectrum, chosen.shrinkage, chosen.spread)
+    hybrid = Hybrid(discriminant, lexicon, (chosen.meaning, chosen.wording))
+    return Snapshot(generation, settings, entries, vectors, examples, statistics, hybrid, chosen)
 
 
 def all_vectors(vectors: Any) -> NDArray[np.float32]:
@@ -192,25 +199,3 @@ def _lexicon(entries: tuple[Entry, ...], previous: Snapshot | None) -> Lexicon:
         profiles = previous.hybrid.lexicon.profiles
         known = {entry.id: profile for entry, profile in zip(previous.entries, profiles, strict=True)}
     return Lexicon(tuple(known.get(entry.id) or read_profile(entry.card.examples) for entry in entries))
-
-
-def _fit(
-    vectors: Any, examples: tuple[NDArray[np.float32], ...], spectrum: Spectrum, lexicon: Lexicon
-) -> dict[str, Any]:
-    """All that is chosen by holding out examples, as JSON keeps it."""
-    rows, sample = _sample(examples)
-    shrinkage, temperature = fit_discriminant(spectrum, sample, rows)
-    own = own_columns(sample, rows)
-    meaning = spectrum.held_out([group @ spectrum.axes for group in sample], rows, shrinkage) / temperature
-    return {
-        "temperature": fit_temperature(all_vectors(vectors), [instructed(group) for group in sample], rows),
-        "discriminant": (shrinkage, temperature),
-        "weights": fit_weights([meaning, lexicon.held_out(rows)], own),
-    }
-
-
-def _sample(examples: tuple[NDArray[np.float32], ...]) -> tuple[list[int], list[NDArray[np.float32]]]:
-    """Evenly spaced rows, and their examples: about 2,048 in all."""
-    step = -(-sum(len(group) for group in examples) // _FITTED_EXAMPLES) or 1
-    rows = list(range(0, len(examples), step))
-    return rows, [examples[row] for row in rows]

@@ -1,4 +1,4 @@
-"""From scores to weights: softmax, uniform or all on the best, and the temperature that fits an index."""
+"""From scores to weights: posterior, softmax, uniform or all on the best, and the temperature that fits an index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Weighting = Literal["softmax", "uniform", "top1"]
+Weighting = Literal["posterior", "softmax", "uniform", "top1"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 DEFAULT_TEMPERATURE = 0.05
@@ -62,15 +62,24 @@ def fit_temperature(means: NDArray[np.float32], examples: Sequence[NDArray[np.fl
     Returns:
         The temperature; `DEFAULT_TEMPERATURE` if there are fewer than two adapters or nothing to hold out.
     """
-    held_out = [_held_out(means, own, row) for own, row in zip(examples, rows, strict=True) if len(own) > 1]
-    if len(means) < 2 or not held_out:
-        return DEFAULT_TEMPERATURE
-    scores = np.concatenate([part for part, _ in held_out])  # (queries, N)
-    own = np.concatenate([part for _, part in held_out])  # (queries,)
-    if not len(own):
+    scores, own = held_out_cosines(means, examples, rows)
+    if len(means) < 2 or not len(own):
         return DEFAULT_TEMPERATURE
     temperature, _ = likeliest_temperature(scores, own, SHARPEST, FLATTEST)
     return temperature
+
+
+def held_out_cosines(
+    means: NDArray[np.float32], examples: Sequence[NDArray[np.float32]], rows: Sequence[int]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Cosines of examples with all means, (queries, N), their own mean without them; and their own column.
+
+    Arguments as for `fit_temperature`. An adapter of one example gives no query.
+    """
+    held_out = [_held_out(means, own, row) for own, row in zip(examples, rows, strict=True) if len(own) > 1]
+    if not held_out:
+        return np.zeros((0, len(means)), dtype=np.float32), np.zeros(0, dtype=np.int64)
+    return np.concatenate([part for part, _ in held_out]), np.concatenate([own for _, own in held_out])
 
 
 def likeliest_temperature(

@@ -21,6 +21,7 @@ from loracompose.retrieval.embedding import (
     features,
     unit_vectors,
 )
+from loracompose.retrieval.explanation import Explanation, explain
 from loracompose.retrieval.filtering import Exclude, Where, allowed_rows, check_request, excluded_rows
 from loracompose.retrieval.result import Retrieval
 from loracompose.retrieval.scoring import DEFAULT_SCORING, Scoring, check_scoring
@@ -273,6 +274,16 @@ class AdapterIndex:
             return search_means(snapshot, queries, k, allowed, excluded)
         fits = snapshot.fits(way, features(self.embedder, prompts, snapshot.settings), prompts)
         return search_fits(snapshot, way, fits, k, allowed, excluded)
+
+    def explain(self, prompt: str, k: int = 3) -> Explanation:
+        """Why the hybrid scoring finds what it finds for one prompt: its k best adapters, channel by channel.
+
+        Raises:
+            ValueError: the prompt is no string, or k < 1.
+        """
+        check_request([prompt], k)
+        snapshot = self._current()
+        return explain(snapshot, features(self.embedder, [prompt], snapshot.settings), prompt, k)
 
     def _enter(self, folder: str | Path, *, update: bool) -> Card:
         settings = self.catalog.settings

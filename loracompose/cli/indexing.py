@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,9 @@ from rich.markup import escape
 from loracompose.cli import options, tables
 from loracompose.cli.errors import Commands
 from loracompose.cli.quiet import quiet_loading
+
+if TYPE_CHECKING:
+    from loracompose.retrieval.explanation import Explanation
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Build, change and search an index of adapters.")
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
@@ -92,12 +95,18 @@ def search(
     prompts: Annotated[list[str], typer.Argument(help="Prompts.")],
     k: Annotated[int, typer.Option("-k", help="Adapters per prompt.")] = 3,
     tag: Annotated[list[str] | None, typer.Option(help="Only adapters with this tag; may be repeated.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show why, channel by channel.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show the adapters that are found for prompts."""
     from loracompose import AdapterIndex
 
     quiet_loading()
+    if explain:
+        if tag:
+            raise typer.BadParameter("--explain looks at all adapters; leave out --tag")
+        _explain([AdapterIndex.open(index).explain(prompt, k) for prompt in prompts], as_json)
+        return
     where = {"tags": tag} if tag else None
     found = AdapterIndex.open(index).search(prompts, k=k, where=where)
     hits = [found.for_prompt(i) for i in range(len(prompts))]
@@ -116,6 +125,14 @@ def search(
         ]
         heads = ("adapter", "score", "weight", "", "description")
         tables.console().print(tables.table(escape(prompt), heads, rows, right=(1, 2)))
+
+
+def _explain(explanations: list[Explanation], as_json: bool) -> None:
+    if as_json:
+        tables.show_json([tables.explanation_json(explanation) for explanation in explanations])
+        return
+    for explanation in explanations:
+        tables.console().print(tables.explanation_table(explanation))
 
 
 @app.command(name="list")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from loracompose.retrieval.explanation import Explanation
     from loracompose.trace import Generation
 
 BAR = 12  # cells of a full weight bar
@@ -71,3 +73,39 @@ def uses_table(answer: Generation) -> Table | Text:
         score = "" if use.score is None else f"{use.score:.3f}"
         grid.add_row(escape(use.name), score, f"{use.weight:.3f}", bar(use.weight))
     return grid
+
+
+def explanation_table(explanation: Explanation) -> Table:
+    """Candidates with the share of each channel, the decisive one in bold, and what speaks for them."""
+    channels = list(explanation.candidates[0].channels) if explanation.candidates else []
+    rows = []
+    for found in explanation.candidates:
+        shares = [
+            f"[bold]{share:+.2f}[/]" if name == found.decisive else f"{share:+.2f}"
+            for name, share in found.channels.items()
+        ]
+        words = ", ".join(escape(text.replace("\n", "⏎")) for text in found.wordings)
+        nearest = "\n".join(
+            f"{near.similarity:.2f} {escape(shorten(near.prompt, 60, placeholder=' …'))}" for near in found.nearest
+        )
+        rows.append((escape(found.card.name), f"{found.probability:.3f}", *shares, words, nearest))
+    title = f"{escape(explanation.prompt)}\ntypicality {explanation.typicality:.3f}"
+    heads = ("adapter", "probability", *channels, "speaks for it", "nearest examples")
+    return table(title, heads, rows, right=range(1, 2 + len(channels)))
+
+
+def explanation_json(explanation: Explanation) -> dict[str, Any]:
+    """The same for machines."""
+    found = [
+        {
+            "name": candidate.card.name,
+            "score": candidate.score,
+            "probability": candidate.probability,
+            "channels": dict(candidate.channels),
+            "decisive": candidate.decisive,
+            "wordings": list(candidate.wordings),
+            "nearest": [{"prompt": near.prompt, "similarity": near.similarity} for near in candidate.nearest],
+        }
+        for candidate in explanation.candidates
+    ]
+    return {"prompt": explanation.prompt, "typicality": explanation.typicality, "found": found}

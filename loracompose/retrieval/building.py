@@ -18,7 +18,8 @@ from loracompose.adapters.folder import sync
 from loracompose.retrieval.admission import CONFIG_FILE, COPIES, Admitted, admitted, foreign_copies
 from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog, Settings
-from loracompose.retrieval.embedding import Embedder, SentenceTransformerEmbedder, representation, unit_vectors
+from loracompose.retrieval.embedding import Embedder, SentenceTransformerEmbedder, features, representation
+from loracompose.retrieval.scoring import Scoring, check_scoring
 from loracompose.retrieval.snapshot import take_snapshot
 
 CATALOG_FILE = "catalog.sqlite"
@@ -44,6 +45,7 @@ def build(
     embedder: Embedder,
     *,
     instruction: str,
+    scoring: Scoring,
     copies: bool,
     strict: bool,
     overwrite: bool,
@@ -53,7 +55,7 @@ def build(
     folders = _subfolders(source)
     _check_apart([source, *folders], home)
     check_free(home, overwrite=overwrite)  # before the encoder takes its time
-    settings = describe(embedder, instruction=instruction, copies=copies)
+    settings = describe(embedder, instruction=instruction, scoring=scoring, copies=copies)
     with built_aside(home, overwrite=overwrite) as aside:
         catalog = Catalog.create(aside / CATALOG_FILE, settings)
         try:
@@ -67,18 +69,20 @@ def build(
 def reembed(catalog: Catalog, embedder: Embedder) -> None:
     """Embed all examples anew with this embedder, in one step."""
     old, entries = catalog.settings, catalog.entries()
-    settings = describe(embedder, instruction=old.instruction, copies=old.copies, epoch=old.epoch + 1)
+    scoring = check_scoring(old.scoring)
+    settings = describe(embedder, instruction=old.instruction, scoring=scoring, copies=old.copies, epoch=old.epoch + 1)
     embeddings = {entry.id: _embedded(entry.card, embedder, settings) for entry in entries}
     catalog.replace_embeddings(settings, embeddings)
 
 
-def describe(embedder: Embedder, *, instruction: str, copies: bool, epoch: int = 0) -> Settings:
+def describe(embedder: Embedder, *, instruction: str, scoring: Scoring, copies: bool, epoch: int = 0) -> Settings:
     """The settings of an index made with this embedder."""
     return Settings(
         encoder=embedder.name,
         revision=embedder.revision,
         dimension=embedder.dimension,
         instruction=instruction,
+        scoring=scoring,
         loadable=isinstance(embedder, SentenceTransformerEmbedder),
         copies=copies,
         epoch=epoch,
@@ -119,8 +123,7 @@ def enter(catalog: Catalog, embedder: Embedder, settings: Settings, new: Admitte
 
 
 def _embedded(card: Card, embedder: Embedder, settings: Settings) -> NDArray[np.float32]:
-    prompts = [settings.instruction + prompt for prompt in card.examples]
-    embeddings = unit_vectors(embedder, prompts, settings.dimension)
+    embeddings = features(embedder, card.examples, settings)
     representation(embeddings, card.name)  # refuses what could not be searched
     return embeddings
 

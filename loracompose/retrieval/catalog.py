@@ -25,7 +25,7 @@ from loracompose.retrieval.tables import Entry, Settings, Tombstone
 
 __all__ = ["FORMAT", "Card", "Catalog", "Entry", "Settings", "Tombstone"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Catalog:
@@ -71,8 +71,8 @@ class Catalog:
         if version != str(FORMAT):
             catalog.close()
             raise ValueError(
-                f"{path} has format version {version}, this loracompose reads version {FORMAT}; "
-                "use the loracompose that wrote it or build the index again"
+                f"{path} has format version {version}, this loracompose reads version {FORMAT}; use the loracompose "
+                "that wrote it, or build the index again from its adapters: AdapterIndex.build(..., overwrite=True)"
             )
         return catalog
 
@@ -140,13 +140,13 @@ class Catalog:
             return tables.select_entries(self._database, self.ids() if ids is None else ids)
 
     def embeddings(self, id: int) -> NDArray[np.float32]:
-        """Unit embeddings of one adapter's examples, (examples, dimension), in the order of its card.
+        """Embeddings of one adapter's examples, (examples, width), in the order of its card.
 
         Raises:
             ValueError: a stored embedding has the wrong number of bytes.
         """
         with self.reading():
-            return tables.select_embeddings(self._database, id, self.settings.dimension)
+            return tables.select_embeddings(self._database, id, self.settings.width)
 
     def tombstones(self, name: str | None = None) -> list[Tombstone]:
         """What was removed or replaced, oldest first; of one name or of all."""
@@ -159,7 +159,7 @@ class Catalog:
         Args:
             card: the card, complete with fingerprint and base model.
             path: the adapter's folder relative to the index folder.
-            embeddings: unit embeddings of the card's examples, (examples, dimension).
+            embeddings: of the card's examples, without and with the instruction, (examples, width).
             epoch: the epoch of the settings that the embeddings were made under.
 
         Raises:
@@ -212,7 +212,7 @@ class Catalog:
             self._set("settings", json.dumps(asdict(settings)))
             self._database.execute("DELETE FROM examples")
             for entry in before:
-                tables.insert_examples(self._database, entry, embeddings[entry.id], settings.dimension)
+                tables.insert_examples(self._database, entry, embeddings[entry.id], settings.width)
 
     def note(self, key: str, generation: int, value: str) -> None:
         """Keep a value derived from this generation; dropped if the catalog moved on or is read-only."""
@@ -240,7 +240,7 @@ class Catalog:
         if settings.epoch != epoch:
             raise ValueError(f"the index was embedded anew while {card.name!r} was being embedded; try again")
         entry = tables.insert_adapter(self._database, card, path)
-        tables.insert_examples(self._database, entry, embeddings, settings.dimension)
+        tables.insert_examples(self._database, entry, embeddings, settings.width)
         return entry
 
     def _get(self, key: str) -> str:

@@ -164,13 +164,29 @@ def unit_vectors(embedder: Embedder, texts: Sequence[str], dimension: int | None
     return unit
 
 
+def features(embedder: Embedder, texts: Sequence[str], settings: Settings) -> NDArray[np.float32]:
+    """What is kept of each text: its unit vector, and that under the instruction, (len(texts), width).
+
+    Raises:
+        ValueError: the embedder misbehaves, see `unit_vectors`.
+    """
+    both = [*texts, *(settings.instruction + text for text in texts)]
+    plain, under = np.split(unit_vectors(embedder, both, settings.dimension), 2)
+    return np.concatenate([plain, under], axis=1)
+
+
+def instructed(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The half of the features that was embedded under the instruction, (texts, dimension)."""
+    return features[:, features.shape[1] // 2 :]
+
+
 def representation(examples: NDArray[np.float32], name: str) -> NDArray[np.float32]:
-    """The vector that stands for an adapter, (dimension,): the renormalised mean of its unit examples.
+    """The vector that stands for an adapter, (dimension,): the renormalised mean of its instructed examples.
 
     Raises:
         ValueError: the examples cancel out.
     """
-    mean = examples.mean(axis=0, dtype=np.float64)
+    mean = instructed(examples).mean(axis=0, dtype=np.float64)
     norm = float(np.linalg.norm(mean))
     if not norm > 1e-6:
         raise ValueError(

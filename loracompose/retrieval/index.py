@@ -18,11 +18,14 @@ from loracompose.retrieval.embedding import (
     Embedder,
     as_embedder,
     check_encoder,
+    features,
     unit_vectors,
 )
+from loracompose.retrieval.explanation import Explanation, explain
 from loracompose.retrieval.filtering import Exclude, Where, allowed_rows, check_request, excluded_rows
 from loracompose.retrieval.result import Retrieval
-from loracompose.retrieval.search import search
+from loracompose.retrieval.scoring import DEFAULT_SCORING, Scoring, check_scoring
+from loracompose.retrieval.search import search_fits, search_means
 from loracompose.retrieval.snapshot import Snapshot, take_snapshot
 from loracompose.retrieval.verification import VerifyReport, verify
 
@@ -30,10 +33,16 @@ from loracompose.retrieval.verification import VerifyReport, verify
 class AdapterIndex:
     """A pool of adapters that can be searched by prompt.
 
-    An adapter is represented by the renormalised mean of its embedded example prompts; a prompt is embedded under
-    the same instruction, and the score is the cosine (LoraRetriever, arXiv:2402.09997, except that the
-    paper's code does not renormalise the mean). Weights are a softmax of the scores over the retrieved, at the
-    temperature that fits the pool's own examples; LoraRetriever weighs uniformly.
+    Prompts and examples are embedded with and without an instruction. `scoring` says how they are compared:
+
+    - "hybrid", the default: the discriminant and the words themselves (`lexicon.py`), weighed by how well they find
+      the adapters of held-out examples; the score is the logarithm of p(adapter | prompt).
+    - "discriminant": under the covariance of what varies within adapters (`discriminant.py`); likewise log p.
+    - "mean": the cosine with the renormalised mean of the adapter's instructed examples (LoraRetriever,
+      arXiv:2402.09997, except that the paper's code does not renormalise the mean).
+
+    Weights are a softmax of the scores over the retrieved, at the temperature that fits the pool's own examples;
+    LoraRetriever weighs uniformly.
 
     The catalog is the truth and changes in transactions; everything else is derived from it with the first search
     after a change. Threads may search while others add and remove; a search sees one generation. Other processes
@@ -58,6 +67,7 @@ class AdapterIndex:
         *,
         embedder: Embedder | str | None = None,
         instruction: str = INSTRUCTION,
+        scoring: Scoring = DEFAULT_SCORING,
         copy: bool = False,
         strict: bool = False,
         overwrite: bool = False,
@@ -72,7 +82,8 @@ class AdapterIndex:
             source_folder: its subfolders are the adapters; their names are the adapters' names.
             index_folder: where the index goes.
             embedder: the encoder, by name or as an object; default is all-MiniLM-L6-v2.
-            instruction: what is put before every example and every prompt.
+            instruction: what is put before every example and every prompt, which are embedded without it, too.
+            scoring: how searches compare unless they say otherwise; stored.
             copy: copy the adapters into the index folder, now and with every `add`; otherwise the index refers to
                 them by relative path.
             strict: raise if an adapter cannot be indexed, instead of leaving it out.
@@ -92,6 +103,7 @@ class AdapterIndex:
             home,
             encoder,
             instruction=instruction,
+            scoring=check_scoring(scoring),
             copies=copy,
             strict=strict,
             overwrite=overwrite,
@@ -184,8 +196,13 @@ class AdapterIndex:
 
     @property
     def temperature(self) -> float:
-        """Temperature of the default weights, fitted on the examples of the present adapters."""
-        return self._current().temperature
+        """Temperature of the default weights: fitted on the present examples for means, 1 for probabilities."""
+        return self._current().temperature(self.scoring)
+
+    @property
+    def scoring(self) -> Scoring:
+        """How searches compare unless they say otherwise."""
+        return check_scoring(self.catalog.settings.scoring)
 
     def add(self, folder: str | Path) -> Card:
         """Check, embed and enter one adapter; it is found by every search that starts afterwards.
@@ -226,7 +243,12 @@ class AdapterIndex:
         return verify(self.catalog, self.folder)
 
     def search(
-        self, prompts: Sequence[str], k: int = 3, exclude: Exclude | None = None, where: Where | None = None
+        self,
+        prompts: Sequence[str],
+        k: int = 3,
+        exclude: Exclude | None = None,
+        where: Where | None = None,
+        scoring: Scoring | None = None,
     ) -> Retrieval:
         """The k best adapters for each prompt, all of them if there are fewer than k.
 
@@ -236,18 +258,33 @@ class AdapterIndex:
             exclude: for each prompt a collection of names it must not get, or None.
             where: only adapters whose card passes: a mapping such as {"tags": "translation", "license": ["mit"]},
                 or a callable on the card.
+            scoring: how to compare; None is the index's own.
 
         Raises:
-            ValueError: no prompts, k < 1, or exclude of another length.
+            ValueError: no prompts, k < 1, exclude of another length, or an unknown scoring.
             LookupError: a name in `exclude` or a key in `where` that the index does not have.
         """
         check_request(prompts, k)
+        way = self.scoring if scoring is None else check_scoring(scoring)
         snapshot = self._current()
         allowed = allowed_rows(snapshot.cards, where)
         excluded = excluded_rows(exclude, len(prompts), snapshot.rows)
-        texts = [snapshot.settings.instruction + prompt for prompt in prompts]
-        queries = unit_vectors(self.embedder, texts, snapshot.settings.dimension)
-        return search(snapshot, queries, k, allowed, excluded)
+        if way == "mean":  # which needs one of the two embeddings
+            texts = [snapshot.settings.instruction + prompt for prompt in prompts]
+            queries = unit_vectors(self.embedder, texts, snapshot.settings.dimension)
+            return search_means(snapshot, queries, k, allowed, excluded)
+        fits = snapshot.fits(way, features(self.embedder, prompts, snapshot.settings), prompts)
+        return search_fits(snapshot, way, fits, k, allowed, excluded)
+
+    def explain(self, prompt: str, k: int = 3) -> Explanation:
+        """Why the hybrid scoring finds what it finds for one prompt: its k best adapters, channel by channel.
+
+        Raises:
+            ValueError: the prompt is no string, or k < 1.
+        """
+        check_request([prompt], k)
+        snapshot = self._current()
+        return explain(snapshot, features(self.embedder, [prompt], snapshot.settings), prompt, k)
 
     def _enter(self, folder: str | Path, *, update: bool) -> Card:
         settings = self.catalog.settings

@@ -23,14 +23,17 @@ class Match(NamedTuple):
 class Retrieval:
     """The adapters found for a batch of prompts.
 
-    `cards` are the K distinct adapters found for the batch, in index order. `scores` (batch, K) float32 are cosines,
-    -inf where an adapter was not retrieved for a prompt. `weights` (batch, K) float32: rows sum to 1, or to 0 where
-    nothing was retrieved or the retriever abstained.
+    `cards` are the K distinct adapters found for the batch, in index order. `scores` (batch, K) float32 are
+    logarithms of p(adapter | prompt), or cosines for scoring "mean"; -inf where an adapter was not retrieved.
+    `weights` (batch, K) float32: rows sum to 1, or to 0 where nothing was retrieved or the retriever abstained.
+    `typicality` (batch,) float64 says how usual the prompt is among the examples of what it may get: a conformal
+    p-value, small where nothing fits; None if nobody knows.
     """
 
     cards: tuple[Card, ...]
     scores: Tensor
     weights: Tensor
+    typicality: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.scores), len(self.cards))

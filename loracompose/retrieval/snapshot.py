@@ -1,16 +1,18 @@
 """One generation of an index in memory: what a search reads, derived from the catalog in one go.
 
-Adding and removing only change the catalog; the snapshot, its faiss file and its temperature follow with the next
-search. The faiss file belongs to a generation by a sha256 that the catalog keeps for that generation.
+Adding and removing only change the catalog; the snapshot, its faiss file and what is fitted on the examples follow
+with the next search. The statistics of the discriminant are brought up to date by what came and what went. The faiss
+file belongs to a generation by a sha256 that the catalog keeps for that generation.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,24 +23,51 @@ from numpy.typing import NDArray
 
 from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog, Entry, Settings
+from loracompose.retrieval.discriminant import Discriminant, Spectrum, Statistics
 from loracompose.retrieval.embedding import representation
-from loracompose.retrieval.weighting import fit_temperature
+from loracompose.retrieval.fitting import Fitted, fit
+from loracompose.retrieval.hybrid import Hybrid
+from loracompose.retrieval.lexicon import Keys, Lexicon, read_profile
+from loracompose.retrieval.scoring import Scoring
 
-VECTORS_KEY, TEMPERATURE_KEY = "vectors", "temperature"
-
-_FITTED_EXAMPLES = 2048
-"""Examples that the temperature is fitted on at most; more change its third digit and cost seconds."""
+VECTORS_KEY, FITTED_KEY = "vectors", "fitted"
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The adapters of one generation, their representations in faiss, and the fitted temperature."""
+    """The adapters of one generation, and all that searches derive from them.
+
+    `vectors` is a faiss.IndexFlatIP whose row i represents entries[i]; `examples[i]` are the stored embeddings of its
+    examples, (examples, width).
+    """
 
     generation: int
     settings: Settings
     entries: tuple[Entry, ...]
-    vectors: Any  # faiss.IndexFlatIP, row i represents entries[i]
-    temperature: float
+    vectors: Any
+    examples: tuple[NDArray[np.float32], ...]
+    statistics: Statistics
+    hybrid: Hybrid
+    fitted: Fitted
+
+    def fits(self, scoring: Scoring, features: NDArray[np.float32], prompts: Sequence[str]) -> NDArray[np.float64]:
+        """How well prompts and their features, (batch, width), fit each adapter; softmax is p(adapter | prompt)."""
+        if scoring == "hybrid":
+            return self.hybrid.fits(features, prompts)
+        return self.hybrid.discriminant.fits(features)
+
+    def typicality(self, scoring: Scoring, fits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Conformal p-values, (batch,), of the best fits of prompts: the share of the examples that fit no better.
+
+        Each example is counted as it fits when it is held out, and the prompt itself as one more. Of prompts like the
+        examples at most a share alpha has a value of alpha or less.
+        """
+        known = np.asarray(self.fitted.calibration[scoring])
+        return np.asarray((1 + np.searchsorted(known, fits, side="right")) / (1 + len(known)))
+
+    def temperature(self, scoring: Scoring) -> float:
+        """The temperature at which the scores of this scoring fit the examples."""
+        return self.fitted.mean_temperature if scoring == "mean" else 1.0
 
     @cached_property
     def cards(self) -> tuple[Card, ...]:
@@ -59,23 +88,28 @@ def take_snapshot(catalog: Catalog, file: Path, previous: Snapshot | None = None
         file: the faiss file.
         previous: an earlier snapshot; what it shares with this one is not read again.
     """
+    if previous is not None and previous.settings.epoch != catalog.settings.epoch:
+        previous = None
     with catalog.reading():
         generation, settings = catalog.generation, catalog.settings
         entries = _entries(catalog, previous)
+        examples = _examples(catalog, entries, previous)
         vectors = read_vectors(file, catalog.noted(VECTORS_KEY, generation), len(entries), settings.dimension)
-        matrix = None if vectors is not None else _matrix(catalog, entries, settings, previous)
-        fitted = catalog.noted(TEMPERATURE_KEY, generation)
-        rows, examples = ([], []) if fitted else _sample(catalog, entries)
-    if matrix is not None:
+        fitted = catalog.noted(FITTED_KEY, generation)
+    if vectors is None:
         vectors = faiss.IndexFlatIP(settings.dimension)
-        vectors.add(matrix)
+        vectors.add(_matrix(entries, examples, settings, previous))
         if catalog.writable:
             catalog.note(VECTORS_KEY, generation, _write_vectors(file, vectors))
-    means = all_vectors(vectors)
-    temperature = float(fitted) if fitted else fit_temperature(means, examples, rows)
-    if not fitted:
-        catalog.note(TEMPERATURE_KEY, generation, repr(temperature))
-    return Snapshot(generation, settings, entries, vectors, temperature)
+    statistics = _statistics(entries, examples, settings, previous)
+    spectrum, lexicon = Spectrum.of(statistics), _lexicon(entries, previous)
+    if fitted is None:
+        fitted = json.dumps(asdict(fit(all_vectors(vectors), examples, spectrum, lexicon)))
+        catalog.note(FITTED_KEY, generation, fitted)
+    chosen = Fitted(**json.loads(fitted))
+    discriminant = Discriminant.of(spectrum, chosen.shrinkage, chosen.spread)
+    hybrid = Hybrid(discriminant, lexicon, (chosen.meaning, chosen.wording))
+    return Snapshot(generation, settings, entries, vectors, examples, statistics, hybrid, chosen)
 
 
 def all_vectors(vectors: Any) -> NDArray[np.float32]:
@@ -116,23 +150,52 @@ def _entries(catalog: Catalog, previous: Snapshot | None) -> tuple[Entry, ...]:
     return tuple(known.get(id) or fresh[id] for id in ids)
 
 
+def _examples(
+    catalog: Catalog, entries: tuple[Entry, ...], previous: Snapshot | None
+) -> tuple[NDArray[np.float32], ...]:
+    """Embeddings of each entry's examples, each (examples, width)."""
+    known: dict[int, NDArray[np.float32]] = {}
+    if previous is not None:
+        known = {entry.id: group for entry, group in zip(previous.entries, previous.examples, strict=True)}
+    return tuple(known[entry.id] if entry.id in known else catalog.embeddings(entry.id) for entry in entries)
+
+
 def _matrix(
-    catalog: Catalog, entries: tuple[Entry, ...], settings: Settings, previous: Snapshot | None
+    entries: tuple[Entry, ...],
+    examples: tuple[NDArray[np.float32], ...],
+    settings: Settings,
+    previous: Snapshot | None,
 ) -> NDArray[np.float32]:
     """Representations of the entries, (N, dimension)."""
     known: dict[int, NDArray[np.float32]] = {}
-    if previous is not None and previous.settings.epoch == settings.epoch:
+    if previous is not None:
         old = all_vectors(previous.vectors)
         known = {entry.id: old[row] for row, entry in enumerate(previous.entries)}
     matrix = np.empty((len(entries), settings.dimension), dtype=np.float32)
-    for row, entry in enumerate(entries):
+    for row, (entry, group) in enumerate(zip(entries, examples, strict=True)):
         vector = known.get(entry.id)
-        matrix[row] = representation(catalog.embeddings(entry.id), entry.card.name) if vector is None else vector
+        matrix[row] = representation(group, entry.card.name) if vector is None else vector
     return matrix
 
 
-def _sample(catalog: Catalog, entries: tuple[Entry, ...]) -> tuple[list[int], list[NDArray[np.float32]]]:
-    """Rows of evenly spaced adapters and their examples' embeddings, about 2,048 examples in all."""
-    step = -(-catalog.example_count() // _FITTED_EXAMPLES) or 1
-    rows = list(range(0, len(entries), step))
-    return rows, [catalog.embeddings(entries[row].id) for row in rows]
+def _statistics(
+    entries: tuple[Entry, ...],
+    examples: tuple[NDArray[np.float32], ...],
+    settings: Settings,
+    previous: Snapshot | None,
+) -> Statistics:
+    """The previous statistics without what has gone and with what has come, which stands at the end."""
+    if previous is None:
+        return Statistics.of(examples, settings.width)
+    present, past = {entry.id for entry in entries}, {entry.id for entry in previous.entries}
+    gone = [row for row, entry in enumerate(previous.entries) if entry.id not in present]
+    come = [group for entry, group in zip(entries, examples, strict=True) if entry.id not in past]
+    return previous.statistics.removing(gone, [previous.examples[row] for row in gone]).adding(come)
+
+
+def _lexicon(entries: tuple[Entry, ...], previous: Snapshot | None) -> Lexicon:
+    known: dict[int, tuple[Keys, ...]] = {}
+    if previous is not None:
+        profiles = previous.hybrid.lexicon.profiles
+        known = {entry.id: profile for entry, profile in zip(previous.entries, profiles, strict=True)}
+    return Lexicon(tuple(known.get(entry.id) or read_profile(entry.card.examples) for entry in entries))

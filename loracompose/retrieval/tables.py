@@ -50,17 +50,25 @@ _CHUNK = 500  # row ids per query: SQLite limits the variables of a statement
 class Settings:
     """What an index was built with.
 
-    `loadable` says that the encoder is a sentence-transformers model that its name is enough to load; `copies`
-    that adapter folders are copied into the index. `epoch` counts how often everything was embedded anew.
+    An example is stored as its embedding without and with the instruction, side by side: `width` numbers.
+    `scoring` is how a search compares unless it says otherwise. `loadable` says that the encoder is a
+    sentence-transformers model that its name is enough to load; `copies` that adapter folders are copied into the
+    index. `epoch` counts how often everything was embedded anew.
     """
 
     encoder: str
     revision: str
     dimension: int
     instruction: str
+    scoring: str = "mean"
     loadable: bool = False
     copies: bool = False
     epoch: int = 0
+
+    @property
+    def width(self) -> int:
+        """Numbers stored for one example."""
+        return 2 * self.dimension
 
 
 @dataclass(frozen=True)
@@ -88,21 +96,21 @@ def select_entries(database: Database, ids: Sequence[int]) -> list[Entry]:
     return [entry for chunk in chunks for entry in _select_chunk(database, chunk)]
 
 
-def select_embeddings(database: Database, id: int, dimension: int) -> NDArray[np.float32]:
-    """Embeddings of one adapter's examples, (examples, dimension).
+def select_embeddings(database: Database, id: int, width: int) -> NDArray[np.float32]:
+    """Embeddings of one adapter's examples, (examples, width).
 
     Raises:
         ValueError: a stored embedding has the wrong number of bytes.
     """
     query = "SELECT embedding FROM examples WHERE adapter = ? ORDER BY position"
     blobs = [row[0] for row in database.rows(query, id)]
-    wrong = next((blob for blob in blobs if len(blob) != 4 * dimension), None)
+    wrong = next((blob for blob in blobs if len(blob) != 4 * width), None)
     if wrong is not None:
         raise ValueError(
             f"{database.path}: an embedding of the adapter with row id {id} has {len(wrong)} bytes, expected "
-            f"{4 * dimension}; embed everything anew with AdapterIndex.open(folder, reembed=True)"
+            f"{4 * width}; embed everything anew with AdapterIndex.open(folder, reembed=True)"
         )
-    return np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(blobs), dimension).astype(np.float32)
+    return np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(blobs), width).astype(np.float32)
 
 
 def insert_adapter(database: Database, card: Card, path: str) -> Entry:
@@ -116,13 +124,13 @@ def insert_adapter(database: Database, card: Card, path: str) -> Entry:
     return Entry(id, card, path)
 
 
-def insert_examples(database: Database, entry: Entry, embeddings: NDArray[np.float32], dimension: int) -> None:
-    """Insert the examples of an adapter with their embeddings, (examples, dimension).
+def insert_examples(database: Database, entry: Entry, embeddings: NDArray[np.float32], width: int) -> None:
+    """Insert the examples of an adapter with their embeddings, (examples, width).
 
     Raises:
         ValueError: the embeddings do not fit the card or are not finite.
     """
-    expected = (len(entry.card.examples), dimension)
+    expected = (len(entry.card.examples), width)
     if embeddings.shape != expected or not np.isfinite(embeddings).all():
         raise ValueError(
             f"{entry.card.name}: embeddings must be finite and {expected}, got {embeddings.shape}; check the embedder"

@@ -1,16 +1,16 @@
-"""From scores to weights: softmax, uniform or all on the best, and the temperature that fits an index."""
+"""From scores to weights: posterior, softmax, uniform or all on the best, and the temperature that fits an index."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Weighting = Literal["softmax", "uniform", "top1"]
+Weighting = Literal["posterior", "softmax", "uniform", "top1"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 DEFAULT_TEMPERATURE = 0.05
@@ -51,8 +51,8 @@ def fit_temperature(means: NDArray[np.float32], examples: Sequence[NDArray[np.fl
     """The temperature under which held-out example prompts choose their own adapter with the best likelihood.
 
     Each example is held out in turn: the mean of its own adapter is taken without it. The mean negative log
-    likelihood of the own adapter, under a softmax over all adapters, is convex in 1 / temperature; its derivative
-    E_p[score] - own score is bisected over [0.002, 1]. Ours; LoraRetriever weighs uniformly.
+    likelihood of the own adapter, under a softmax over all adapters, is minimised over [0.002, 1]. Ours;
+    LoraRetriever weighs uniformly.
 
     Args:
         means: representations of all N adapters, (N, dimension), unit.
@@ -62,30 +62,67 @@ def fit_temperature(means: NDArray[np.float32], examples: Sequence[NDArray[np.fl
     Returns:
         The temperature; `DEFAULT_TEMPERATURE` if there are fewer than two adapters or nothing to hold out.
     """
+    scores, own = held_out_cosines(means, examples, rows)
+    if len(means) < 2 or not len(own):
+        return DEFAULT_TEMPERATURE
+    temperature, _ = likeliest_temperature(scores, own, SHARPEST, FLATTEST)
+    return temperature
+
+
+def held_out_cosines(
+    means: NDArray[np.float32], examples: Sequence[NDArray[np.float32]], rows: Sequence[int]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Cosines of examples with all means, (queries, N), their own mean without them; and their own column.
+
+    Arguments as for `fit_temperature`. An adapter of one example gives no query.
+    """
     held_out = [_held_out(means, own, row) for own, row in zip(examples, rows, strict=True) if len(own) > 1]
-    if len(means) < 2 or not held_out:
-        return DEFAULT_TEMPERATURE
-    scores = np.concatenate([part for part, _ in held_out])  # (queries, N)
-    own = np.concatenate([part for _, part in held_out])  # (queries,)
-    if not len(own):
-        return DEFAULT_TEMPERATURE
+    if not held_out:
+        return np.zeros((0, len(means)), dtype=np.float32), np.zeros(0, dtype=np.int64)
+    return np.concatenate([part for part, _ in held_out]), np.concatenate([own for _, own in held_out])
+
+
+def likeliest_temperature(
+    scores: NDArray[Any], own: NDArray[np.int64], sharpest: float = 1e-3, flattest: float = 1e3
+) -> tuple[float, float]:
+    """The temperature in a range that gives the own adapters the best likelihood, and its mean logarithm.
+
+    The mean negative log likelihood under softmax(scores / temperature) is convex in 1 / temperature; the sign of
+    its derivative, E_p[score] - own score, is bisected.
+
+    Args:
+        scores: (queries, N), at least one query.
+        own: the column of each query's own adapter, (queries,).
+        sharpest: lower end of the range.
+        flattest: upper end of the range.
+    """
     below = scores - scores.max(axis=1, keepdims=True)  # shifted once, for exp at any temperature
-    gap = own - scores.max(axis=1)  # (queries,)
-    low, high = np.log(SHARPEST), np.log(FLATTEST)
-    for _ in range(16):
+    gap = below[np.arange(len(own)), own]
+    low, high = np.log(sharpest), np.log(flattest)
+    for _ in range(20):
         middle = (low + high) / 2
-        p = np.exp(below / np.exp(middle, dtype=np.float32))
+        p = np.exp(below / np.exp(middle).astype(below.dtype))
         expected = (p * below).sum(axis=1) / p.sum(axis=1)
         if float(np.mean(expected - gap)) > 0:  # the likelihood falls with 1 / temperature: too sharp
             low = middle
         else:
             high = middle
-    return float(np.exp((low + high) / 2))
+    temperature = float(np.exp((low + high) / 2))
+    total = np.log(np.exp(below / temperature).sum(axis=1))
+    return temperature, float(np.mean(gap / temperature - total))
+
+
+def log_softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logarithm of the softmax of each row, (batch, N)."""
+    if not scores.shape[-1]:
+        return scores
+    below = scores - scores.max(axis=-1, keepdims=True)
+    return np.asarray(below - np.log(np.exp(below).sum(axis=-1, keepdims=True)))
 
 
 def _held_out(
     means: NDArray[np.float32], own: NDArray[np.float32], row: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Scores of one adapter's examples, (m, N), with its own mean leaving each out; and its own column, (m,)."""
     rest = own.sum(axis=0) - own  # (m, dimension), the sum over the other examples
     norms = np.linalg.norm(rest, axis=1)
@@ -93,4 +130,4 @@ def _held_out(
     kept, rest = own[usable], rest[usable] / norms[usable, None]
     scores = kept @ means.T  # (m, N)
     scores[:, row] = np.einsum("md,md->m", kept, rest)
-    return scores, scores[:, row].copy()
+    return scores, np.full(len(scores), row)

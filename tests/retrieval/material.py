@@ -65,3 +65,10 @@ def contents(index):
     """All that a search can see, names and numbers."""
     found = index.search(PROMPTS, k=100)
     return found.names, found.scores.tolist(), found.weights.tolist(), index.temperature
+
+
+def assert_alike(found, expected):
+    """The same names, and numbers up to rounding."""
+    assert found[0] == expected[0]
+    for numbers, others in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(numbers, others, atol=1e-5)

@@ -186,7 +186,7 @@ def test_progress_shows_bars_and_changes_nothing(pool, tmp_path, embedder, capsy
     assert "embedding" in capsys.readouterr().out
 
 
-def test_examples_and_prompts_are_embedded_under_the_instruction(pool, tmp_path):
+def test_examples_and_prompts_are_embedded_with_and_without_the_instruction(pool, tmp_path):
     seen = []
 
     def watching(texts):
@@ -197,6 +197,6 @@ def test_examples_and_prompts_are_embedded_under_the_instruction(pool, tmp_path)
     with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder) as index:
         index.search(["hello"])
     texts = [text for text in seen if text != "dimension"]
-    assert len(texts) == 13
-    assert all(text.startswith(INSTRUCTION) for text in texts)
+    plain = [*(example for examples in TASKS.values() for example in examples), "hello"]
+    assert sorted(texts) == sorted(plain + [INSTRUCTION + text for text in plain])
     assert INSTRUCTION == "Represent the sentence for similar task retrieval: "

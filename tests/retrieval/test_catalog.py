@@ -20,8 +20,8 @@ def card(name, examples=("a", "b"), fingerprint="f"):
 
 
 def unit(rows=2, seed=0):
-    vectors = np.random.default_rng(seed).normal(size=(rows, 4)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    halves = np.random.default_rng(seed).normal(size=(rows, 2, 4)).astype(np.float32)
+    return (halves / np.linalg.norm(halves, axis=2, keepdims=True)).reshape(rows, 8)
 
 
 @pytest.fixture
@@ -180,9 +180,9 @@ def test_reading_holds_one_generation_while_another_process_writes(catalog):
     writer.close()
 
 
-@pytest.mark.parametrize("bad", [unit(3), unit(2)[:, :3], np.full((2, 4), np.nan, dtype=np.float32)])
+@pytest.mark.parametrize("bad", [unit(3), unit(2)[:, :4], np.full((2, 8), np.nan, dtype=np.float32)])
 def test_embeddings_that_do_not_fit_are_refused_and_change_nothing(catalog, bad):
-    with pytest.raises(ValueError, match=r"x: embeddings must be finite and \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"x: embeddings must be finite and \(2, 8\)"):
         catalog.add(card("x"), "x", bad)
     assert len(catalog) == 0
     assert catalog.generation == 0
@@ -232,11 +232,13 @@ def test_a_point_query_reads_one_row(catalog):
     assert catalog.entry("y").card == card("y")
 
 
-def test_another_format_version_is_refused(catalog):
+@pytest.mark.parametrize("version", ["1", "99"])
+def test_an_older_or_newer_format_version_is_refused_with_the_remedy(catalog, version):
     catalog.close()
     with sqlite3.connect(catalog.path) as other:
-        other.execute("UPDATE meta SET value = '99' WHERE key = 'format'")
-    with pytest.raises(ValueError, match=f"format version 99, this loracompose reads version {FORMAT}"):
+        other.execute("UPDATE meta SET value = ? WHERE key = 'format'", (version,))
+    message = rf"format version {version}, this loracompose reads version {FORMAT}.* build the index again from its"
+    with pytest.raises(ValueError, match=message):
         Catalog.open(catalog.path)
 
 
@@ -264,7 +266,7 @@ def test_an_embedding_of_the_wrong_size_is_named(catalog):
     entry = catalog.add(card("x"), "x", unit())
     with sqlite3.connect(catalog.path) as other:
         other.execute("UPDATE examples SET embedding = x'00' WHERE position = 1")
-    with pytest.raises(ValueError, match="has 1 bytes, expected 16"):
+    with pytest.raises(ValueError, match="has 1 bytes, expected 32"):
         catalog.embeddings(entry.id)
 
 

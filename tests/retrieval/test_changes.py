@@ -106,7 +106,7 @@ def test_an_update_takes_the_new_content_and_buries_the_old(index, pool):
     assert new.fingerprint != old
     assert [stone.fingerprint for stone in index.catalog.tombstones("sql")] == [old]
     assert len(index) == 4
-    assert index.search(["select everything"], k=1).scores.item() > 0.99
+    assert index.search(["select everything"], k=1, scoring="mean").scores.item() > 0.99
 
 
 def test_an_update_without_a_change_changes_nothing(index, pool):

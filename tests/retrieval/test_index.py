@@ -9,7 +9,7 @@ import pytest
 
 from loracompose import AdapterIndex, load_adapter
 from loracompose.retrieval.embedding import CallableEmbedder
-from tests.retrieval.material import PROMPTS, bag_of_words, contents, hidden, make_adapter
+from tests.retrieval.material import PROMPTS, assert_alike, bag_of_words, contents, hidden, make_adapter
 
 
 def test_an_opened_index_finds_what_the_built_one_found(index, tmp_path, embedder):
@@ -120,7 +120,7 @@ def test_a_faiss_file_that_is_missing_damaged_or_stale_is_derived_anew(index, tm
     else:
         file.write_bytes(old if harm == "stale" else old[:-1] + bytes([old[-1] ^ 1]))
     with AdapterIndex.open(tmp_path / "index", embedder=embedder) as opened:
-        assert contents(opened) == before
+        assert_alike(contents(opened), before)  # statistics brought up to date round otherwise than new ones
     assert file.read_bytes() == right
     assert hidden(tmp_path / "index") == []
 

@@ -23,7 +23,7 @@ def test_each_weighting_weighs_the_same_scores_its_own_way(index):
     searched = index.search(PROMPTS, k=2)
     uniform = Retriever(index, 2, weighting="uniform").retrieve(PROMPTS)
     top1 = Retriever(index, 2, weighting="top1").retrieve(PROMPTS)
-    flat = Retriever(index, 2, temperature=1e6).retrieve(PROMPTS)
+    flat = Retriever(index, 2, weighting="softmax", temperature=1e6).retrieve(PROMPTS)
     assert all(torch.equal(found.scores, searched.scores) for found in (uniform, top1, flat))
     retrieved = torch.isfinite(searched.scores)
     assert torch.equal(uniform.weights, retrieved.float() / 2)
@@ -32,7 +32,7 @@ def test_each_weighting_weighs_the_same_scores_its_own_way(index):
     assert torch.equal(top1.weights.sum(-1), torch.ones(3))
 
 
-@pytest.mark.parametrize("weighting", ["softmax", "uniform", "top1"])
+@pytest.mark.parametrize("weighting", ["posterior", "softmax", "uniform", "top1"])
 def test_abstaining_zeroes_weights_and_never_scores(index, weighting):
     plain = Retriever(index, weighting=weighting).retrieve(PROMPTS)
     best = plain.scores.amax(-1)
@@ -47,7 +47,7 @@ def test_abstaining_zeroes_weights_and_never_scores(index, weighting):
 
 
 def test_exclude_and_where_reach_the_search(index):
-    retriever = Retriever(index, 1, abstain=-1.0)
+    retriever = Retriever(index, 1, abstain=-100.0)
     assert retriever.retrieve(PROMPTS[:1], exclude=[["french"]]).names != ("french",)
     assert retriever.retrieve(PROMPTS[:1], where={"name": "sums"}).names == ("sums",)
     assert retriever.retrieve(PROMPTS, where={"license": "none"}).weights.shape == (3, 0)
@@ -57,11 +57,15 @@ def test_exclude_and_where_reach_the_search(index):
     ("arguments", "message"),
     [
         ({"k": 0}, "k must be an integer of at least 1, got 0"),
-        ({"weighting": "posterior"}, r"one of \['softmax', 'uniform', 'top1'\], got 'posterior'"),
-        ({"temperature": 0.0}, "above 0 and finite, got 0.0"),
-        ({"temperature": float("nan")}, "above 0 and finite, got nan"),
+        ({"weighting": "best"}, r"one of \['posterior', 'softmax', 'uniform', 'top1'\], got 'best'"),
+        ({"weighting": "softmax", "temperature": 0.0}, "above 0 and finite, got 0.0"),
+        ({"weighting": "softmax", "temperature": float("nan")}, "above 0 and finite, got nan"),
         ({"weighting": "uniform", "temperature": 0.1}, "uses no temperature"),
+        ({"weighting": "posterior", "temperature": 0.1}, "uses no temperature"),
         ({"abstain": float("inf")}, "abstain must be a finite score"),
+        ({"abstain": "always"}, "abstain must be a finite score"),
+        ({"abstain": "conformal", "alpha": 0.0}, "alpha must be between 0 and 1, got 0.0"),
+        ({"scoring": "cosine"}, "scoring must be one of"),
     ],
 )
 def test_a_retriever_that_could_not_work_is_refused_when_made(index, arguments, message):
@@ -72,4 +76,32 @@ def test_a_retriever_that_could_not_work_is_refused_when_made(index, arguments, 
 def test_a_retriever_is_a_value(index):
     with pytest.raises(FrozenInstanceError):
         Retriever(index).k = 5
-    assert Retriever(index) == Retriever(index, 3, weighting="softmax")
+    assert Retriever(index) == Retriever(index, 3, weighting="posterior")
+
+
+def test_the_scoring_of_a_retriever_goes_before_that_of_the_index(index):
+    found = Retriever(index, scoring="mean").retrieve(PROMPTS)
+    assert torch.equal(found.scores, index.search(PROMPTS, scoring="mean").scores)
+    assert not torch.equal(found.scores, index.search(PROMPTS).scores)
+
+
+@pytest.mark.parametrize("scoring", ["hybrid", "discriminant", "mean"])
+def test_conformal_abstention_is_a_share_of_the_pools_own_held_out_examples(index, scoring):
+    snapshot = index._current()
+    known = snapshot.fitted.calibration[scoring]
+    assert known == sorted(known)
+    assert len(known) == 12  # the pool's examples, each held out
+    p = snapshot.typicality(scoring, torch.tensor(known).double().numpy())
+    for alpha in (0.1, 0.3, 0.5):
+        assert (p <= alpha).mean() <= alpha
+
+
+def test_conformal_abstention_follows_typicality_and_leaves_scores(index):
+    plain = Retriever(index).retrieve(PROMPTS)
+    assert plain.typicality[2] < plain.typicality[0]  # a word that nobody knows against a known template
+    alpha = float(plain.typicality[2])
+    found = Retriever(index, abstain="conformal", alpha=alpha).retrieve(PROMPTS)
+    assert torch.equal(found.scores, plain.scores)
+    assert (found.weights[2] == 0).all()
+    assert torch.equal(found.weights[0], plain.weights[0])
+    assert index.catalog.tombstones() == []

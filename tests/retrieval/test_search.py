@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loracompose import AdapterIndex
-from loracompose.retrieval.embedding import INSTRUCTION, CallableEmbedder, representation, unit_vectors
+from loracompose.retrieval.embedding import INSTRUCTION, CallableEmbedder, features, representation, unit_vectors
 from tests.retrieval.material import TASKS, bag_of_words, make_adapter
 
 PROMPTS = ["translate the cat into french", "count the users with a query", "is it positive", "add six and two"]
@@ -37,9 +37,7 @@ def index(tmp_path_factory):
 def brute_force(index, prompts, k, exclude, where):
     """For each prompt {name: score} of its best k, by numpy alone."""
     rows = {
-        card.name: representation(
-            unit_vectors(index.embedder, [INSTRUCTION + example for example in card.examples]), card.name
-        )
+        card.name: representation(features(index.embedder, card.examples, index.catalog.settings), card.name)
         for card in index.cards
         if where(card)
     }
@@ -75,13 +73,14 @@ filters = st.sampled_from(
     st.integers(1, 14),
     filters,
 )
-def test_search_equals_brute_force_under_every_filter(index, asked, k, filtered):
+def test_a_search_by_means_equals_brute_force_under_every_filter(index, asked, k, filtered):
     where, passes = filtered
     prompts = [" ".join(words) for words, _ in asked]
     exclude = [banned for _, banned in asked]
-    found = index.search(prompts, k, exclude=exclude, where=where)
+    found = index.search(prompts, k, exclude=exclude, where=where, scoring="mean")
     expected = brute_force(index, prompts, k, exclude, passes)
     order = [card.name for card in index.cards]
+    temperature = index._current().temperature("mean")
     assert [order.index(name) for name in found.names] == sorted(order.index(name) for name in found.names)
     for i, best in enumerate(expected):
         matches = found.for_prompt(i)
@@ -91,7 +90,7 @@ def test_search_equals_brute_force_under_every_filter(index, asked, k, filtered)
         full = brute_force(index, prompts[i : i + 1], 99, exclude[i : i + 1], passes)[0]
         for match in matches:
             assert match.score == pytest.approx(full[match.card.name], abs=1e-5)
-        raw = [math.exp(match.score / index.temperature) for match in matches]
+        raw = [math.exp(match.score / temperature) for match in matches]
         assert [match.weight for match in matches] == pytest.approx([r / sum(raw) for r in raw], abs=1e-4)
 
 
@@ -182,3 +181,39 @@ def test_unknown_names_and_keys_are_lookup_errors_that_list_what_exists(index):
         index.search(["a"], exclude=[["a01", "zz"]])
     with pytest.raises(LookupError, match=r"where has \['tag'\], .* there are \[.*'language'.*'tags'"):
         index.search(["a"], where={"tag": "code"})
+
+
+def test_scores_are_log_probabilities_and_weights_their_shares_of_the_retrieved(index):
+    everything = index.search(PROMPTS, k=99)
+    torch.testing.assert_close(everything.scores.exp().sum(-1), torch.ones(4))
+    torch.testing.assert_close(everything.weights, everything.scores.exp())
+    best = index.search(PROMPTS, k=2)
+    shares = best.scores.exp() / best.scores.exp().sum(-1, keepdim=True)
+    torch.testing.assert_close(best.weights, shares)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.none() | st.sets(names), min_size=4, max_size=4), st.integers(1, 14), filters)
+def test_a_search_takes_the_best_of_the_full_ranking_that_are_allowed(index, exclude, k, filtered):
+    where, passes = filtered
+    full = index.search(PROMPTS, k=99)
+    found = index.search(PROMPTS, k, exclude=exclude, where=where)
+    for i, banned in enumerate(exclude):
+        allowed = [m for m in full.for_prompt(i) if passes(m.card) and m.card.name not in (banned or ())]
+        assert [(m.card.name, m.score) for m in found.for_prompt(i)] == [(m.card.name, m.score) for m in allowed[:k]]
+
+
+def test_an_unknown_scoring_is_refused_listing_what_exists(index, tmp_path):
+    with pytest.raises(ValueError, match=r"scoring must be one of \['.*'mean'\], got 'cosine'"):
+        index.search(PROMPTS, scoring="cosine")
+    with pytest.raises(ValueError, match="got 'cosine'"):
+        AdapterIndex.build(tmp_path, tmp_path / "index", embedder=index.embedder, scoring="cosine")
+
+
+def test_the_scoring_of_the_build_is_stored_and_used(index, tmp_path):
+    pool = index.folder.parent / "pool"
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=index.embedder, scoring="mean") as built:
+        assert torch.equal(built.search(PROMPTS).scores, index.search(PROMPTS, scoring="mean").scores)
+        assert built.temperature != index.temperature == 1.0
+    with AdapterIndex.open(tmp_path / "index", embedder=index.embedder) as opened:
+        assert opened.scoring == "mean"

@@ -7,15 +7,22 @@ import importlib.util
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
-from loracompose import COMPOSERS
+from loracompose import COMPOSERS, Adapter, LoraFactors, compose
+from loracompose.composers import Composer, get_composer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("index/*.md")])
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+ROOMS = ("docs", "index", "tests", "benchmarks", "loracompose")
+DOCUMENTS = sorted(p for p in [*ROOT.glob("*.md"), *(p for room in ROOMS for p in (ROOT / room).rglob("*.md"))])
 
 
 def table_of_methods():
@@ -31,7 +38,7 @@ def test_the_table_of_methods_is_the_table_of_composers():
     assert documented == {n: (c.scope, c.exact, c.gauge_invariant, c.source) for n, c in COMPOSERS.items()}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_link_to_a_file_leads_somewhere(document):
     links = re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
@@ -41,6 +48,45 @@ def test_every_link_to_a_file_leads_somewhere(document):
 def snippets():
     pattern = r"<!-- snippet: (\w+) -->\n```python\n(.*?)```\n(?:```text\n(.*?)```)?"
     return {name: (code, output) for name, code, output in re.findall(pattern, README, re.DOTALL)}
+
+
+def test_the_quickstart_shows_what_it_prints():
+    assert snippets()["quickstart"][1].count("\n") == 3  # one line for each of its prompts
+
+
+def example_composer():
+    block = re.search(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+    assert block is not None
+    return block[1]
+
+
+def test_the_example_composer_runs_as_it_stands(monkeypatch):
+    example = ModuleType("drop_small")
+    monkeypatch.setitem(sys.modules, "drop_small", example)  # dataclass looks its module up
+    exec(compile(example_composer(), "drop_small", "exec"), example.__dict__)
+    composer = get_composer(example.DropSmall(floor=0.5))
+    assert isinstance(composer, Composer)
+    eye = torch.eye(2, dtype=torch.float64)
+    merged = compose([Adapter("a", {"m": LoraFactors(eye, eye)})], [2.0], example.DropSmall(floor=1.0))
+    assert torch.equal(merged.factors["m"].B @ merged.factors["m"].A, 2 * eye)
+    sizes = torch.tensor([[4.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    merged = compose([Adapter("b", {"m": LoraFactors(eye, sizes)})], [1.0], composer)
+    assert merged.factors["m"].rank == 1  # the rank of a quarter of the size is switched off
+    assert merged.recipe["hyper_parameters"] == {"floor": 0.5}
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_the_example_composer_passes_the_linter(command):
+    place = ["--stdin-filename", "loracompose/composers/drop_small.py", "-"]
+    ruff = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, *place],
+        input=example_composer(),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert ruff.returncode == 0, ruff.stdout + ruff.stderr
 
 
 @pytest.mark.real
@@ -56,7 +102,7 @@ def test_the_snippets_of_the_readme_run_and_print_what_they_show(tmp_path, monke
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, name, "exec"), names)
-        if shown:
+        if name == "quickstart":  # the other streams, and shows no output
             assert printed.getvalue() == shown
     assert (tmp_path / "merged" / "recipe.json").is_file()
 

@@ -1,7 +1,8 @@
-"""Every composer in COMPOSERS keeps every law, and each law is also seen failing where it must."""
+"""Every composer in COMPOSERS keeps every law that applies to it, and fails where its row names a negative control."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from loracompose.adapters.checkpoint import load_adapter
 from loracompose.adapters.lora import Adapter
 from loracompose.composers import COMPOSERS
 from loracompose.composers.base import Composer
+from loracompose.composers.mixture import Mixture
 from loracompose.runtime.attach import attach
 from tests import laws, tiny
 from tests.laws import BASES, BATCH, ROUNDING, ROWS, Case, Row
@@ -77,6 +79,16 @@ def test_zero_weights_are_the_base_to_the_last_bit(composer: Composer, on: str):
     got = laws.logits(model, beside, on)
     assert torch.equal(got[0], plain[0])
     assert not torch.equal(got[1], plain[1])
+
+
+@pytest.mark.parametrize("on", BASES)
+def test_every_embedding_of_the_hostile_adapters_changes_the_logits_by_itself(on: str):
+    words, plain = laws.hostile_adapters(on)[-1], tiny.logits(laws.base(on), on, batch=2, seq=6)
+    embeddings = {path: f for path, f in words.factors.items() if f.kind == "embedding"}
+    assert len(embeddings) == (2 if on == "t5" else 1)  # one each of encoder and decoder
+    for path, factors in embeddings.items():
+        alone = replace(words, factors={path: factors}, known_fingerprint=None)
+        assert laws.distance(laws.composed_logits(Mixture(), [alone], [1.0], on), plain) > 1e-3
 
 
 @pytest.mark.parametrize("composer", SETTINGS)

@@ -67,7 +67,7 @@ ALL_TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "t5": ["q", "k", "v", "o", "wi", "wo"],
 }
-EMBEDDINGS = {"llama": "embed_tokens", "gpt2": "wte", "t5": "shared"}
+EMBEDDINGS = {"llama": "embed_tokens", "gpt2": "wte", "t5": "embed_tokens"}
 
 
 def base_model(base: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:

@@ -50,7 +50,7 @@ def load_adapter(
         FileNotFoundError: there is no such folder.
         LookupError: a missing file, target or module of the base.
         UnsupportedAdapterError: a flavour that is not plain LoRA, or pickled weights.
-        ValueError: anything malformed, incomplete, of the wrong shape or not finite.
+        ValueError: anything malformed, incomplete, of the wrong shape, not finite or too large to compute with.
     """
     if dtype is not None:
         check_dtype(dtype)
@@ -74,11 +74,14 @@ def read_adapter(layout: AdapterLayout) -> Adapter:
     """The folded factors of a checked layout, on the CPU, in the dtype they are folded in.
 
     Raises:
-        ValueError: a value that is not finite, a file that changed since, or a malformed recipe.
+        ValueError: a value that is not finite, an update too large for the dtype, a file that changed since, or a
+            malformed recipe.
     """
     dtype = adapter_dtype(layout)
     with _open(layout) as file:
         factors = {module: _fold(file, layout, own, dtype) for module, own in layout.modules.items()}
+    for module, folded in factors.items():
+        _check_size(layout.name, module, folded)
     recipe_file = layout.weights.with_name(RECIPE)
     recipe = read_json_object(recipe_file) if recipe_file.exists() else None
     if recipe is not None:
@@ -97,13 +100,14 @@ def convert(adapter: Adapter, device: torch.device | str, dtype: torch.dtype | N
     """The adapter on a device and rounded to `dtype`, which keeps its fingerprint.
 
     Raises:
-        ValueError: a finite value is too large for `dtype`.
+        ValueError: a finite value, or the update of a rank, is too large for `dtype`.
     """
     converted = adapter.to(device, dtype)
     if dtype is not None:
         for module, factors in converted.factors.items():
             for side, tensor in (("A", factors.A), ("B", factors.B)):
                 _check_finite(adapter.name, f"{side} of {module}", tensor)
+            _check_size(adapter.name, module, factors)
     return converted
 
 
@@ -139,6 +143,22 @@ def _check_finite(name: str, what: str, tensor: Tensor) -> None:
     if not finite.all():
         bad = tensor.numel() - int(finite.sum())
         raise ValueError(f"{name}: {what} has {bad} values that are not finite in {tensor.dtype}")
+
+
+def _check_size(name: str, module: str, factors: LoraFactors) -> None:
+    """Refuse finite factors whose update overflows their dtype: it would be nan in the hidden states of a whole row."""
+    wide = torch.float64  # norms of values near the largest of float32 are no float32 numbers
+    a = torch.linalg.vector_norm(factors.A, dim=1, dtype=wide)  # (r,)
+    b = torch.linalg.vector_norm(factors.B, dim=0, dtype=wide)  # (r,)
+    largest = torch.stack([a, b, a * b]).max().item()
+    dtype = torch.promote_types(factors.A.dtype, factors.B.dtype)
+    limit = torch.finfo(dtype).max
+    if not largest <= limit:
+        raise ValueError(
+            f"{name}: {module} has a rank whose factors or update are of norm {largest:.3g}, and {dtype} ends at "
+            f"{limit:.3g}: the adapter is damaged or its training diverged. Take another checkpoint of it, or load it "
+            "in a wider dtype if this one is narrower than the file's"
+        )
 
 
 def _check_base_copies(layout: AdapterLayout, model: nn.Module) -> None:

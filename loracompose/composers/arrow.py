@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -18,6 +17,7 @@ from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext
 from loracompose.composition.grouping import group_modules
 from loracompose.composition.linalg import factored_svd, working_dtype
+from loracompose.composition.settings import check_count, is_finite
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,9 @@ class Arrow:
     Args:
         top_k: candidates kept per token; None keeps all.
         temperature: divides the logits; large is uniform over the candidates kept.
+
+    Raises:
+        ValueError: a field is out of its range.
     """
 
     top_k: int | None = 3
@@ -51,10 +54,9 @@ class Arrow:
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all adapters, got {self.top_k}")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be a positive number, got {self.temperature}")
+        check_count("Arrow", "top_k", self.top_k, optional=True)
+        if not (is_finite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"Arrow: temperature must be a finite number above 0, got {self.temperature!r}")
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Every rank as it is, gated by its adapter's share of the token."""

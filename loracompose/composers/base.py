@@ -56,6 +56,9 @@ def rewrite_rows(banks: Mapping[str, RankBank], weights: Tensor, rewrite: Rewrit
     `rewrite(banks, w)` sees the members of one row only, K' adapters of weight w (K',) other than 0, and
     returns the new factors per module. Equal rows are composed once. The new ranks of all distinct rows lie
     side by side in one bank per module, and each row's weights switch on its own.
+
+    The distinct rows are composed one after the other and nothing is kept between calls: the cost is that of
+    `rewrite` once per distinct row and call. The operator runs on the ranks of all distinct rows together.
     """
     distinct, row_of = torch.unique(weights, dim=0, return_inverse=True)
     composed = []

@@ -65,7 +65,7 @@ class Dare:
         return self._merge()(banks, weights)
 
     def _merge(self) -> EntrywiseMerge:
-        return EntrywiseMerge(add_up, self.drop, 1.0, 1.0, self.rank, self.seed, self.block_bytes)
+        return EntrywiseMerge("Dare", add_up, self.drop, 1.0, 1.0, self.rank, self.seed, self.block_bytes)
 
 
 @dataclass(frozen=True)
@@ -111,5 +111,12 @@ class DareTies:
 
     def _merge(self) -> EntrywiseMerge:
         return EntrywiseMerge(
-            elect_and_average, self.drop, self.density, self.scale, self.rank, self.seed, self.block_bytes
+            "DareTies",
+            elect_and_average,
+            self.drop,
+            self.density,
+            self.scale,
+            self.rank,
+            self.seed,
+            self.block_bytes,
         )

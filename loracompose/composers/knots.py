@@ -13,6 +13,7 @@ from loracompose.composers.base import Factors, Scope, rewrite_rows
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.grouping import ModuleGroup, group_modules
+from loracompose.composition.settings import check_count, is_finite
 from loracompose.composition.sparsity import (
     add_up,
     check_sparsity,
@@ -71,9 +72,10 @@ class Knots:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_sparsity(self.drop, self.density, self.scale)
-        if self.tolerance is not None and not 0 <= self.tolerance < 1:
-            raise ValueError(f"Knots: tolerance must be in [0, 1) or None, got {self.tolerance}")
+        check_sparsity("Knots", self.drop, self.density, self.scale)
+        check_count("Knots", "seed", self.seed, least=0)
+        if self.tolerance is not None and not (is_finite(self.tolerance) and 0 <= self.tolerance < 1):
+            raise ValueError(f"Knots: tolerance must be in [0, 1) or None, got {self.tolerance!r}")
         if self.merge not in ("ties", "dare_ties", "sum"):
             raise ValueError(f"Knots: merge must be 'ties', 'dare_ties' or 'sum', got {self.merge!r}")
 

@@ -12,6 +12,7 @@ from loracompose.composers.base import Factors, Scope, rewrite_rows
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.grouping import group_modules, weighted_sum
+from loracompose.composition.settings import check_count
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Linear:
         rank: ranks to keep per module; None: the largest rank among the members that have the module.
 
     Raises:
-        ValueError: rank < 1.
+        ValueError: rank is out of its range.
     """
 
     name: ClassVar[str] = "linear"
@@ -41,8 +42,7 @@ class Linear:
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"Linear: rank must be at least 1 or None, got {self.rank}")
+        check_count("Linear", "rank", self.rank, optional=True)
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One compressed adapter per distinct row of weights."""

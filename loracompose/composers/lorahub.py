@@ -13,6 +13,7 @@ from loracompose.composers.fusion import fuse
 from loracompose.composers.mixture import Mixture
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
+from loracompose.composition.settings import is_finite
 
 LearnedWeights = tuple[tuple[str, float], ...]
 
@@ -31,6 +32,9 @@ class LoraHub:
     Args:
         learned: fitted weight by fingerprint of the adapter, a mapping or its items; kept sorted.
         exact_sum: sum the updates instead of the factors.
+
+    Raises:
+        ValueError: a fitted weight is no finite number.
     """
 
     learned: Mapping[str, float] | LearnedWeights | None = None
@@ -45,6 +49,9 @@ class LoraHub:
     def __post_init__(self) -> None:
         if self.learned is not None:
             items = dict(self.learned).items()
+            for key, weight in items:
+                if not is_finite(weight):
+                    raise ValueError(f"LoraHub: the learned weight of {key!r} must be a finite number, got {weight!r}")
             object.__setattr__(self, "learned", tuple(sorted((key, float(weight)) for key, weight in items)))
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:

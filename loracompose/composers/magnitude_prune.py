@@ -62,4 +62,4 @@ class MagnitudePrune:
         return self._merge()(banks, weights)
 
     def _merge(self) -> EntrywiseMerge:
-        return EntrywiseMerge(add_up, 0.0, self.density, 1.0, self.rank, 0, self.block_bytes)
+        return EntrywiseMerge("MagnitudePrune", add_up, 0.0, self.density, 1.0, self.rank, 0, self.block_bytes)

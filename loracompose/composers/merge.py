@@ -26,7 +26,7 @@ def merge_adapters(
 
     Raises:
         ValueError: the composer gates (its multipliers depend on the input, so no plain LoRA equals it), the
-            weights are not K finite numbers, or the composition is empty.
+            weights are not K finite numbers, or the composition is empty or not finite.
     """
     if composer.scope != "static":
         raise ValueError(
@@ -37,9 +37,16 @@ def merge_adapters(
     order = content_order(adapters)
     adapters, w = [adapters[i] for i in order], w[:, order]
     banks = gather_banks(adapters)
-    deltas = composer.compose(banks, w)
+    try:
+        deltas = composer.compose(banks, w)
+    # documented, but left out of its __all__
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise overflow(composer, loudest(banks, w), banks, w) from error
     factors = {module: plain_factors(delta) for module, delta in deltas.items()}
     factors = {module: f for module, f in factors.items() if f.rank}
+    for module, f in factors.items():
+        if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all()):
+            raise overflow(composer, module, banks, w)
     if not factors:
         raise ValueError(f"the weights {w.flatten().tolist()} leave nothing to merge: every rank is switched off")
     recipe = describe(composer, adapters, w, relative_error(banks, w, factors))
@@ -50,12 +57,38 @@ def merge_adapters(
 
 def checked_weights(weights: Sequence[float] | Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """Weights as a (1, K) float64 tensor."""
+    if not adapters:
+        raise ValueError("at least one adapter is needed to compose, got none")
+    if isinstance(weights, Mapping):
+        raise ValueError(
+            f"weights are a sequence of {len(adapters)} numbers in the order of the adapters, "
+            f"got {weights!r}; the adapters are {', '.join(repr(adapter.name) for adapter in adapters)}"
+        )
     w = torch.as_tensor(weights, dtype=torch.float64).reshape(1, -1)
-    if not adapters or w.shape[1] != len(adapters):
+    if w.shape[1] != len(adapters):
         raise ValueError(f"one weight per adapter: got {w.shape[1]} weights for {len(adapters)} adapters")
     if not torch.isfinite(w).all():
         raise ValueError(f"weights must be finite, got {w.flatten().tolist()}")
     return w
+
+
+def overflow(composer: Composer, module: str, banks: Mapping[str, RankBank], weights: Tensor) -> ValueError:
+    """The error of a composition that its dtype cannot hold."""
+    return ValueError(
+        f"{module}: composed by {composer.name!r} its factors are not finite in {banks[module].A.dtype}; the largest "
+        f"weight is {weights.abs().max().item():g}: give smaller weights, or adapters of smaller updates"
+    )
+
+
+def loudest(banks: Mapping[str, RankBank], weights: Tensor) -> str:
+    """The module whose weighted ranks are the largest, in float64."""
+
+    def size(module: str) -> float:
+        bank = banks[module]
+        lengths = bank.A.double().norm(dim=1) * bank.B.double().norm(dim=0)  # (R,)
+        return float((lengths * weights[0].abs()[bank.owner]).max())
+
+    return max(banks, key=size)
 
 
 def plain_factors(delta: LowRankDelta) -> LoraFactors:

@@ -61,4 +61,4 @@ class Ties:
         return rewrite_rows(banks, weights, self._merge())
 
     def _merge(self) -> EntrywiseMerge:
-        return EntrywiseMerge(elect_and_average, 0.0, self.density, self.scale, self.rank, 0, self.block_bytes)
+        return EntrywiseMerge("Ties", elect_and_average, 0.0, self.density, self.scale, self.rank, 0, self.block_bytes)

@@ -11,6 +11,7 @@ from torch import Tensor
 from loracompose.composition.bank import RankBank
 from loracompose.composition.blocks import Block, chunks, compress, member_updates, row_blocks
 from loracompose.composition.grouping import ModuleGroup, group_modules, weighted_sum
+from loracompose.composition.settings import check_count
 from loracompose.composition.sparsity import check_sparsity, drop_out, magnitude_thresholds, mask_stream, trim
 
 Combine = Callable[[Sequence[Tensor], Sequence[float], float], Tensor]
@@ -24,6 +25,7 @@ class EntrywiseMerge:
     Works on blocks of rows within `block_bytes`; the result depends on that budget only by rounding.
 
     Attributes:
+        owner: the composer, for messages.
         combine: what is made of the members' entries.
         drop: probability of dropping an entry; the others are divided by 1 - drop.
         density: share of the entries of each adapter to keep, over all its modules together, after dropping.
@@ -36,6 +38,7 @@ class EntrywiseMerge:
         ValueError: a field is out of its range.
     """
 
+    owner: str
     combine: Combine
     drop: float
     density: float
@@ -45,11 +48,10 @@ class EntrywiseMerge:
     block_bytes: int
 
     def __post_init__(self) -> None:
-        check_sparsity(self.drop, self.density, self.scale)
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1 or None, got {self.rank}")
-        if self.block_bytes < 1:
-            raise ValueError(f"block_bytes must be at least 1, got {self.block_bytes}")
+        check_sparsity(self.owner, self.drop, self.density, self.scale)
+        check_count(self.owner, "rank", self.rank, optional=True)
+        check_count(self.owner, "seed", self.seed, least=0)
+        check_count(self.owner, "block_bytes", self.block_bytes)
 
     def __call__(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Factors per module for adapters of weights (K,), none 0."""

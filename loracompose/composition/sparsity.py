@@ -9,22 +9,24 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from loracompose.composition.settings import is_finite
+
 _RADIX = 16
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def check_sparsity(drop: float, density: float, scale: float) -> None:
-    """Refuse settings that mean nothing.
+def check_sparsity(owner: str, drop: float, density: float, scale: float) -> None:
+    """Refuse settings of a composer, `owner`, that mean nothing.
 
     Raises:
-        ValueError: drop outside [0, 1), density outside (0, 1], or scale not finite.
+        ValueError: drop outside [0, 1), density outside (0, 1], scale not finite, or one of them no number.
     """
-    if not 0 <= drop < 1:
-        raise ValueError(f"drop must be in [0, 1), got {drop}")
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density}; 1 keeps every entry")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not (is_finite(drop) and 0 <= drop < 1):
+        raise ValueError(f"{owner}: drop must be in [0, 1), got {drop!r}")
+    if not (is_finite(density) and 0 < density <= 1):
+        raise ValueError(f"{owner}: density must be in (0, 1], got {density!r}; 1 keeps every entry")
+    if not is_finite(scale):
+        raise ValueError(f"{owner}: scale must be a finite number, got {scale!r}")
 
 
 def magnitude_thresholds(

@@ -54,6 +54,8 @@ FLAVOURS = {
     "negative alpha": lambda base: {"lora_alpha": -4},
 }
 
+FLAVOURS_IN_MODEL = ["plain", "both patterns and rslora", "one layer", "embedding", "embedding, linear and rslora"]
+
 
 def in_weight_layout(module: nn.Module, delta: torch.Tensor) -> torch.Tensor:
     return delta.T if isinstance(module, (Conv1D, nn.Embedding)) else delta
@@ -83,7 +85,7 @@ def test_every_delta_is_pefts(tmp_path, flavour, base):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("flavour", ["plain", "both patterns and rslora", "one layer", "embedding, linear and rslora"])
+@pytest.mark.parametrize("flavour", FLAVOURS_IN_MODEL)
 def test_the_dense_sum_gives_pefts_logits(tmp_path, flavour, base):
     double = torch.float64
     folder, peft = peft_adapter(tmp_path, base=base, dtype=double, **FLAVOURS[flavour](base))

@@ -17,7 +17,7 @@ from loracompose import Adapter, load_adapter
 from loracompose.adapters.header import MAX_HEADER_BYTES, read_header
 from loracompose.adapters.inspection import inspect_folder
 from loracompose.adapters.patterns import check_pattern
-from tests.tiny import peft_adapter
+from tests.tiny import edited, peft_adapter
 
 FAST = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -189,6 +189,40 @@ def test_a_configuration_larger_than_the_limit_is_refused_before_it_is_read(fold
         out.truncate(2**30)
     with pytest.raises(ValueError, match="at most 16000000 are read"):
         load_adapter(folder)
+
+
+def filled(folder: Path, copy: Path, a: float, b: float, *, dtype: torch.dtype = torch.float32) -> Path:
+    """A copy whose A and B hold one value everywhere; its scaling is 8."""
+    values = {"lora_A": a, "lora_B": b}
+    return edited(
+        folder,
+        copy,
+        tensors=lambda t: {k: torch.full_like(v, values[k.split(".")[-2]], dtype=dtype) for k, v in t.items()},
+    )
+
+
+MODULE = r"model\.layers\.\d\.self_attn\.[qv]_proj"
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [(3e38, 1e30), (3e38, 0.0), (3e38, 1e-30), (0.0, 3e37), (1e20, 1e20)], ids=lambda x: f"{x:g}"
+)
+def test_finite_values_whose_update_overflows_are_refused_by_module(plain, tmp_path, a, b):
+    folder = filled(plain, tmp_path / "absurd", a, b)
+    message = rf"absurd: {MODULE} has a rank .*float32 ends at 3.4e\+38.*another checkpoint"
+    with pytest.raises(ValueError, match=message):
+        load_adapter(folder)
+
+
+def test_an_update_too_large_for_the_dtype_asked_for_is_refused_and_fits_a_wider_one(plain, tmp_path):
+    folder = filled(plain, tmp_path / "loud", 1e3, 1e2)  # both fit float16, their product does not
+    with pytest.raises(ValueError, match=rf"loud: {MODULE} has a rank .*float16 ends at 6.55e\+04.*wider dtype"):
+        load_adapter(folder, dtype=torch.float16)
+    assert load_adapter(folder, dtype=torch.bfloat16).fingerprint == load_adapter(folder).fingerprint
+    double = filled(plain, tmp_path / "double", 1e30, 1e30, dtype=torch.float64)
+    assert load_adapter(double).factors["model.layers.0.self_attn.q_proj"].A.dtype == torch.float64
+    with pytest.raises(ValueError, match="float32 ends at"):
+        load_adapter(double, dtype=torch.float32)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

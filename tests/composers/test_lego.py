@@ -236,10 +236,10 @@ def test_a_seed_gives_the_same_composition_again_and_leaves_the_global_state_alo
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"k": 0}, "k must be at least 1 or None, got 0"),
+        ({"k": 0}, "k must be an integer of at least 1 or None, got 0"),
         ({"units": "row"}, "units must be 'raw', 'normalised' or 'canonical', got 'row'"),
         ({"cluster_weight": "mean"}, "cluster_weight must be 'mass' or 'unit', got 'mean'"),
-        ({"n_init": 0}, "n_init and max_iter must be at least 1, got 0 and 100"),
+        ({"n_init": 0}, "n_init must be an integer of at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting, message):

@@ -72,5 +72,5 @@ def test_an_embedding_stays_an_embedding():
 
 
 def test_a_rank_of_zero_is_refused():
-    with pytest.raises(ValueError, match="rank must be at least 1 or None, got 0"):
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1 or None, got 0"):
         Linear(rank=0)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from loracompose.adapters.lora import Adapter
 from loracompose.composers import COMPOSERS, compose, get_composer
+from loracompose.composers.fusion import Fusion
+from loracompose.composers.linear import Linear
 from loracompose.composers.mixture import Mixture
+from loracompose.composers.ties import Ties
 from loracompose.composition.bank import content_order, gather_banks
 from tests.composers.one_module import factors, pool
 
@@ -71,10 +76,45 @@ def test_weights_must_be_one_finite_number_per_adapter(weights):
         compose(pool(2, 2), weights)
 
 
+def test_weights_by_name_are_refused_with_the_order_to_give_them_in():
+    with pytest.raises(ValueError, match=r"sequence of 2 numbers in the order.*'a0', 'a1'"):
+        compose(pool(2, 2), {"a0": 0.3, "a1": 0.7})
+
+
+STATIC = sorted(set(COMPOSERS) - set(GATED))
+
+
+def single(*ranks: int) -> list[Adapter]:
+    return [adapter.to(dtype=torch.float32) for adapter in pool(*ranks)]
+
+
+@pytest.mark.parametrize("name", [name for name in STATIC if name != "selection"])  # which applies no weight
+def test_a_composition_that_overflows_names_the_module_and_the_largest_weight(name: str):
+    with pytest.raises(ValueError, match=r"m: .* not finite in torch.float32; the largest weight is 1e\+39"):
+        compose(single(4, 2), [1e39, 1.0], name)
+    assert torch.isfinite(update(compose(single(4, 2), [1e3, 1.0], name))).all()
+
+
+def test_the_module_named_is_the_one_that_overflows_also_where_a_decomposition_dies_of_it():
+    quiet, loud = (Adapter(n, {m: factors(2, s).to(dtype=torch.float32)}) for s, (n, m) in enumerate(["am", "bn"]))
+    for name in ("mixture", "linear"):
+        composer = Linear(rank=1) if name == "linear" else name
+        with pytest.raises(ValueError, match=r"^n: composed"):
+            compose([quiet, loud], [1.0, 1e39], composer)
+
+
+def test_a_composition_whose_composer_alone_overflows_is_refused():
+    loud = [replace(a, factors={"m": replace(a.factors["m"], B=a.factors["m"].B * 1e19)}) for a in single(2, 2)]
+    with pytest.raises(ValueError, match=r"m: composed by 'fusion' .* the largest weight is 1e\+25"):
+        compose(loud, [1e25, 1e25], Fusion())
+    with pytest.raises(ValueError, match=r"m: composed by 'ties' .* the largest weight is 1"):
+        compose(single(2, 2), [1.0, 1.0], Ties(scale=1e300))
+
+
 def test_nothing_to_merge_is_an_error():
     with pytest.raises(ValueError, match="nothing to merge"):
         compose(pool(2, 2), [0.0, 0.0])
-    with pytest.raises(ValueError, match="for 0 adapters"):
+    with pytest.raises(ValueError, match="at least one adapter is needed"):
         compose([])
 
 

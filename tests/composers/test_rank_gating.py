@@ -67,5 +67,5 @@ def test_it_cannot_be_merged():
 
 
 def test_a_budget_of_no_rank_is_refused():
-    with pytest.raises(ValueError, match="m must be at least 1"):
+    with pytest.raises(ValueError, match="m must be an integer of at least 1"):
         RankGating(m=0)

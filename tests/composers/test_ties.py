@@ -143,9 +143,9 @@ def test_float32_and_bfloat16_members_are_merged_in_float32():
     [
         ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
         ({"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
-        ({"scale": math.inf}, "scale must be finite, got inf"),
-        ({"rank": 0}, "rank must be at least 1 or None, got 0"),
-        ({"block_bytes": 0}, "block_bytes must be at least 1, got 0"),
+        ({"scale": math.inf}, "scale must be a finite number, got inf"),
+        ({"rank": 0}, "rank must be an integer of at least 1 or None, got 0"),
+        ({"block_bytes": 0}, "block_bytes must be an integer of at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting, message):

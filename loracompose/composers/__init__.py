@@ -70,7 +70,7 @@ def compose(
     *,
     name: str | None = None,
 ) -> Adapter:
-    """One plain adapter from K adapters at fixed weights; `save_adapter` writes it for PEFT and vLLM.
+    """One plain adapter from K adapters at fixed weights; `save_adapter` writes it as a PEFT folder.
 
     Args:
         adapters: adapters of one base model, of any ranks and modules.

@@ -16,7 +16,8 @@ class AdapterUse:
     Attributes:
         name: the adapter's name in the index, or its own.
         fingerprint: content identity of what really ran.
-        score: similarity found by retrieval; None if the set was given by hand.
+        score: what retrieval scored it, the higher the better (log-probability, or cosine under scoring="mean");
+            None if the set was given by hand.
         weight: what the composer was given; 0 means retrieved but not used.
     """
 

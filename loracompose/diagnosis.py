@@ -39,7 +39,10 @@ def diagnose(base: str = DEFAULT_BASE, index: Path | None = None) -> list[Findin
 def packages() -> Iterator[Finding]:
     """Versions of what is installed, and what an extra would bring."""
     for name in PACKAGES:
-        yield Finding(name, "ok", importlib.metadata.version(name))
+        try:
+            yield Finding(name, "ok", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, "problem", "not installed under this name", f"pip install {name}")
     for package, extra in OPTIONAL.items():
         if importlib.util.find_spec(package):
             yield Finding(package, "ok", importlib.metadata.version(package))

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from loracompose.adapters.store import AdapterStore
 from loracompose.composers import Composer, get_composer
+from loracompose.composition.router import Router, load_router
 from loracompose.decoding import decoding_settings
 from loracompose.lookup import look_up
 from loracompose.membership import AdapterSet, Row, from_hand, from_retrieval
@@ -66,7 +67,7 @@ class Engine:
         k: int = 3,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        router: str | Path | None = None,
+        router: str | Path | Router | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Engine:
         """Load what is named and put it together.
@@ -78,7 +79,7 @@ class Engine:
             k: how many adapters to retrieve for a prompt.
             device: "auto" is a GPU where there is one.
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
-            router: folder of what a composer has learned; only for composers that learn.
+            router: what a composer has learned, or its folder; only for composers that learn.
             tokenizer: needed with a model already loaded whose name does not lead to one.
 
         Raises:
@@ -86,9 +87,8 @@ class Engine:
             ValueError: an argument that would have no effect, such as a router for a composer that takes none.
             TypeError: a model that is no transformers model, such as one wrapped by PEFT.
         """
-        composer = get_composer(composer)
-        if router is not None:
-            raise ValueError(f"composer {composer.name!r} learns nothing, so it takes no router; got {str(router)!r}")
+        learned = load_router(router) if isinstance(router, str | Path) else router
+        composer = get_composer(composer, learned)
         base = open_base(model, device, dtype, tokenizer)
         if isinstance(index, str | Path):
             index = AdapterIndex.open(index)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from loracompose import COMPOSERS, Adapter, Engine, LoraFactors, compose, load_adapter
 from loracompose.composers import Mixture
+from loracompose.composition.router import Router
 from loracompose.runtime.attach import model_lock
 from tests.engines import CHATML, build_engine, tokenizer
 from tests.tiny import base_model, peft_adapter, peft_load
@@ -353,4 +354,4 @@ def test_a_model_without_origin_needs_its_tokenizer():
 
 def test_a_router_for_a_composer_that_learns_nothing_is_refused():
     with pytest.raises(ValueError, match="takes no router"):
-        Engine.from_pretrained(base_model(), tokenizer=tokenizer(), router="routers/ramole")
+        Engine.from_pretrained(base_model(), tokenizer=tokenizer(), router=Router("ramole", {}, {}, "base"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from loracompose.composers.mixture import Mixture
 from loracompose.composers.rank_gating import RankGating
 from loracompose.composers.selection import Selection
 from loracompose.composers.ties import Ties
+from loracompose.composition.router import Router
 
 COMPOSERS: Mapping[str, type[Composer]] = MappingProxyType(
     {
@@ -47,20 +48,43 @@ COMPOSERS: Mapping[str, type[Composer]] = MappingProxyType(
 __all__ = ["COMPOSERS", "Composer", "compose", "get_composer"]
 
 
-def get_composer(composer: str | Composer) -> Composer:
+def get_composer(composer: str | Composer, router: Router | None = None) -> Composer:
     """A composer by name with its default hyper-parameters, or the instance itself.
+
+    Args:
+        composer: name or instance.
+        router: what a composer that learns has learned; needed with its name.
 
     Raises:
         LookupError: no composer of that name.
         TypeError: neither a name nor a composer.
+        ValueError: a router is missing, is another method's, or would have no effect.
     """
     if isinstance(composer, str):
-        if composer not in COMPOSERS:
-            raise LookupError(f"no composer named {composer!r}; there are {', '.join(sorted(COMPOSERS))}")
-        return COMPOSERS[composer]()
+        return _by_name(composer, router)
+    if router is not None:
+        raise ValueError(f"{composer!r} is no name: give its router to it, not beside it")
     if isinstance(composer, type) or not isinstance(composer, Composer):
         raise TypeError(f"a composer is a name or an instance such as Mixture(), got {composer!r}")
     return composer
+
+
+def _by_name(name: str, router: Router | None) -> Composer:
+    if name not in COMPOSERS:
+        raise LookupError(f"no composer named {name!r}; there are {', '.join(sorted(COMPOSERS))}")
+    method: Callable[..., Composer] = COMPOSERS[name]
+    if not hasattr(method, "initial"):  # it learns nothing
+        if router is not None:
+            raise ValueError(f"composer {name!r} learns nothing, so it takes no router; got {router!r}")
+        return method()
+    if router is None:
+        raise ValueError(
+            f"composer {name!r} runs what it has learned: give it a router, as in router=FOLDER; make one with "
+            f"`loracompose train router --method {name}`"
+        )
+    if router.method != name:
+        raise ValueError(f"{router!r} belongs to the composer {router.method!r}, not to {name!r}")
+    return method(router)
 
 
 def compose(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from loracompose.composition.bank import RankBank, select_banks
 from loracompose.composition.delta import LowRankDelta
+from loracompose.composition.router import Router, RouterAdapter
 
 Scope = Literal["static", "prompt", "token"]
 Factors = tuple[Tensor, Tensor]  # A (r, d_in), B (d_out, r)
@@ -48,6 +50,74 @@ class Composer(Protocol):
             Module path -> delta whose weights have `batch` rows. A row of zero weights gains nothing.
         """
         ...
+
+
+@runtime_checkable
+class LearnedComposer(Composer, Protocol):
+    """A composer whose gates are learned: what it learned is its router, which training replaces step by step.
+
+    Training runs `compose` on the bank of a pool with the parameters as the router's tensors, so the gates that are
+    trained are those that run later.
+
+    Attributes:
+        router: what it learned; of the composer's own method.
+    """
+
+    router: Router
+
+    @classmethod
+    def initial(cls, pool: Pool, seed: int, settings: Mapping[str, Any]) -> Router:
+        """The router before the first step.
+
+        Args:
+            pool: the adapters and the base that it is trained with.
+            seed: of what is drawn.
+            settings: hyper-parameters by name; those left out have their default.
+
+        Raises:
+            ValueError: a setting is unknown or out of its range, or the pool does not fit the method.
+        """
+        ...
+
+    @property
+    def untrained(self) -> frozenset[str]:
+        """Names of router tensors that gradients do not touch."""
+        ...
+
+    def auxiliary_loss(self, scratch: Mapping[str, Tensor]) -> Tensor | None:
+        """What is added to the language model's loss, a scalar, from the live gates of this pass; None for nothing.
+
+        Args:
+            scratch: what the gates noted in `GateContext.scratch` during the pass.
+        """
+        ...
+
+    def after_step(self, scratch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """New values of `untrained` tensors, from what the gates noted in the pass of the step just made."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """What a router is trained with.
+
+    Attributes:
+        base_model: name of the base model.
+        hidden: width of the input of its layers.
+        names: of the K adapters, in the order of the banks.
+        banks: module path -> ranks of the K adapters, sorted by content.
+    """
+
+    base_model: str
+    hidden: int
+    names: tuple[str, ...]
+    banks: Mapping[str, RankBank]
+
+    @property
+    def adapters(self) -> tuple[RouterAdapter, ...]:
+        """The adapters as a router counts them."""
+        prints = next(iter(self.banks.values())).fingerprints
+        return tuple(RouterAdapter(print_, name) for print_, name in zip(prints, self.names, strict=True))
 
 
 def rewrite_rows(banks: Mapping[str, RankBank], weights: Tensor, rewrite: Rewrite) -> dict[str, LowRankDelta]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,13 +19,35 @@ class GateContext:
         layer_input: input of the enclosing transformer layer before its norm, (batch, seq, hidden);
             captured only for gates that set `needs_layer_input`.
         attention_mask: the mask given to the model, (batch, total_seq), 1 for real tokens; None if none was.
+        prompt_mask: (batch, seq), True for the tokens of the prompts, where a call holds prompts and answers
+            (training); None where it does not.
         memory: this request's own store; what a gate writes at prefill it finds again at every decoding step.
+        scratch: the store of one forward pass of the model, emptied before the next: for what the modules of a layer
+            share, and for the live gates that a training loss is made of.
     """
 
     module: str
     layer_input: Tensor | None = None
     attention_mask: Tensor | None = None
+    prompt_mask: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+
+    def valid(self, seq: int) -> Tensor | None:
+        """Which of the `seq` tokens of this call are real, (batch, seq) bool; None if all are."""
+        mask = self.attention_mask
+        return None if mask is None or mask.ndim != 2 else mask[:, -seq:] != 0
+
+    def prompt(self, seq: int) -> Tensor | None:
+        """Which of the `seq` tokens of the first call belong to the prompt, (batch, seq) bool; None if all do."""
+        return self.valid(seq) if self.prompt_mask is None else self.prompt_mask
+
+
+def once(store: dict[str, Tensor], key: str, decide: Callable[[], Tensor]) -> Tensor:
+    """The decision kept in a store under this key, made now if it is the first time it is asked for."""
+    if key not in store:
+        store[key] = decide()
+    return store[key]
 
 
 class Gate(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext
+from loracompose.composition.layers import layer_of
 from loracompose.runtime.operator import RowOperator
-
-LAYER = re.compile(r"^(?P<layer>.*?\.\d+)\.")  # the outermost numbered block: "model.layers.3", "transformer.h.3"
 
 
 @contextmanager
-def attach(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> Iterator[Attachment]:
+def attach(
+    model: nn.Module, deltas: Mapping[str, LowRankDelta], prompt_mask: Tensor | None = None
+) -> Iterator[Attachment]:
     """Add each delta to the output of its module while the block runs.
 
     Weights are not touched and no module is replaced: outside the block the model is bit-identical to the
@@ -31,6 +31,8 @@ def attach(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> Iterator[Att
         model: the base model.
         deltas: module path -> delta; the rows of a batch given to the model are the rows of the deltas, or
             each row several times in a row as `generate` lays out beams and return sequences.
+        prompt_mask: (batch, seq) bool, the tokens that belong to the prompts, for a model that is given prompts and
+            answers at once; None where its first call gets the prompts alone, as in `generate`.
 
     Yields:
         The attachment, which knows afterwards which deltas never ran.
@@ -42,11 +44,11 @@ def attach(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> Iterator[Att
     modules = {path: resolve(model, path) for path in deltas}
     for path, module in modules.items():
         check_fit(path, module, deltas[path])
-    request = Attachment(deltas)
+    request = Attachment(deltas, prompt_mask)
     with ExitStack() as hooks:
         operators = {path: RowOperator(on_module(delta, modules[path])) for path, delta in deltas.items()}
         if any(deltas[path].gate is not None for path in deltas):
-            hooks.callback(model.register_forward_pre_hook(request.see_mask, with_kwargs=True).remove)
+            hooks.callback(model.register_forward_pre_hook(request.start_pass, with_kwargs=True).remove)
         for layer in sorted({layer_of(p) for p, op in operators.items() if op.gate_needs_layer_input}):
             hook = resolve(model, layer).register_forward_pre_hook(request.layer_hook(layer), with_kwargs=True)
             hooks.callback(hook.remove)
@@ -70,20 +72,28 @@ def model_lock(model: nn.Module) -> threading.Lock:
 class Attachment:
     """Deltas on a model: what has run, and what gates may know; lives as long as one `attach`."""
 
-    def __init__(self, deltas: Iterable[str]) -> None:
+    def __init__(self, deltas: Iterable[str], prompt_mask: Tensor | None = None) -> None:
         self._never_ran = dict.fromkeys(deltas)
+        self._prompt_mask = prompt_mask
         self._mask: Tensor | None = None
         self._layer_input: dict[str, Tensor] = {}
         self._memory: dict[str, Tensor] = {}
+        self._scratch: dict[str, Tensor] = {}
 
     @property
     def never_ran(self) -> tuple[str, ...]:
         """Modules with a delta that the model has not called: their updates had no effect."""
         return tuple(self._never_ran)
 
-    def see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the attention mask of this forward pass."""
+    @property
+    def scratch(self) -> Mapping[str, Tensor]:
+        """What the gates left of the last forward pass, see `GateContext.scratch`."""
+        return self._scratch
+
+    def start_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the attention mask of this forward pass and forget what gates noted in the last one."""
         self._mask = kwargs.get("attention_mask")
+        self._scratch.clear()
 
     def layer_hook(self, layer: str) -> Any:
         """A pre-hook that remembers the hidden states entering a layer."""
@@ -105,16 +115,12 @@ class Attachment:
                     f"{path}: its output has shape {tuple(output.shape)}, expected (batch, seq, width); a module that "
                     "flattens rows and tokens cannot run one composition per row"
                 )
-            context = GateContext(path, self._layer_input.get(layer), self._mask, self._memory)
+            context = GateContext(
+                path, self._layer_input.get(layer), self._mask, self._prompt_mask, self._memory, self._scratch
+            )
             return output + operator(x, context)
 
         return hook
-
-
-def layer_of(path: str) -> str:
-    """Path of the numbered layer that holds a module, "" if none does."""
-    match = LAYER.match(path)
-    return match["layer"] if match else ""
 
 
 def resolve(model: nn.Module, path: str) -> nn.Module:

@@ -23,6 +23,7 @@ from rich.progress import Progress as ProgressBar
 from loracompose import __version__
 from loracompose.models import DEFAULT_BASE, BaseModel, load_base
 from loracompose.training.batches import steps_per_epoch
+from loracompose.training.beam import BeamEvent, BeamLora
 from loracompose.training.data import Example, encode_examples, first_prompts, read_examples
 from loracompose.training.loop import Step, run_steps
 from loracompose.training.recipe import Recipe
@@ -42,7 +43,7 @@ class CardText:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training came to; losses are means over response tokens, in nats."""
+    """What a training came to; losses are means over response tokens, in nats; events are those of BeamLoRA."""
 
     output: Path
     steps: int
@@ -51,6 +52,7 @@ class TrainingReport:
     losses: tuple[float, ...]
     dev_losses: Mapping[int, float]
     seconds: float
+    events: tuple[BeamEvent, ...] = ()
 
     @property
     def dev_loss(self) -> float | None:
@@ -72,6 +74,8 @@ def train_adapter(
     on_step: Callable[[Step], None] | None = None,
 ) -> TrainingReport:
     """Train a LoRA on `{"prompt", "response"}` rows: the loss is on the response and its end token only.
+
+    With `recipe.beam` it is trained as BeamLoRA and written as the plain LoRA that this comes to.
 
     The folder appears when everything is done: PEFT weights in bfloat16, `card.json` and `training.json`.
     Until then a checkpoint lies beside it in `<output>.partial`; the same call continues from it, with the same
@@ -110,6 +114,9 @@ def train_adapter(
     steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch(len(examples), recipe.batch_size)))
     with _seeded(recipe.seed, loaded.device), ExitStack() as stack:
         model = _with_lora(loaded, recipe)
+        beam = _beam(model, recipe, steps)
+        if beam is not None:
+            stack.enter_context(beam.attached())
         done = run_steps(
             model,
             recipe,
@@ -120,7 +127,10 @@ def train_adapter(
             checkpoint=partial / "checkpoint.pt",
             identity=_identity(recipe, loaded, rows, dev_rows),
             on_step=_observers(on_step, stack.enter_context(_bar(target.name)) if progress else None),
+            method=beam,
         )
+    if beam is not None:
+        beam.fold()
     report = TrainingReport(
         output=target,
         steps=steps,
@@ -129,6 +139,7 @@ def train_adapter(
         losses=tuple(done.losses),
         dev_losses=dict(done.dev_losses),
         seconds=time.monotonic() - started,
+        events=() if beam is None else tuple(beam.events),
     )
     _write_folder(model, target, _card(card or CardText(), rows), _record(report, recipe, loaded))
     shutil.rmtree(partial, ignore_errors=True)
@@ -151,6 +162,12 @@ def _with_lora(base: BaseModel, recipe: Recipe) -> PeftModel:
         base.model.set_attn_implementation("eager")  # a fifth faster than sdpa for short rows on a CPU
     # PEFT keeps the factors in float32 whatever the dtype of the base.
     return get_peft_model(base.model, config, autocast_adapter_dtype=True)
+
+
+def _beam(model: PeftModel, recipe: Recipe, steps: int) -> BeamLora | None:
+    if recipe.beam is None:
+        return None
+    return BeamLora(model, recipe.beam, steps=steps, learning_rate=recipe.learning_rate, seed=recipe.seed)
 
 
 @contextmanager
@@ -212,6 +229,7 @@ def _record(report: TrainingReport, recipe: Recipe, base: BaseModel) -> dict[str
         "seconds": round(report.seconds, 1),
         "losses": [round(loss, 5) for loss in report.losses],
         "dev_losses": {str(step): round(loss, 5) for step, loss in report.dev_losses.items()},
+        "events": [asdict(event) for event in report.events],
         "versions": {"loracompose": __version__, **{package: version(package) for package in packages}},
     }
 

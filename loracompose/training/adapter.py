@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +25,7 @@ from loracompose.training.beam import BeamEvent, BeamLora
 from loracompose.training.data import Example, encode_examples, first_prompts, read_examples
 from loracompose.training.loop import Step, run_steps
 from loracompose.training.recipe import Recipe
+from loracompose.training.writing import write_folder
 
 Rows = Path | str | Iterable[Mapping[str, Any]]
 
@@ -141,7 +140,7 @@ def train_adapter(
         seconds=time.monotonic() - started,
         events=() if beam is None else tuple(beam.events),
     )
-    _write_folder(model, target, _card(card or CardText(), rows), _record(report, recipe, loaded))
+    write_folder(model, target, _card(card or CardText(), rows), _record(report, recipe, loaded))
     shutil.rmtree(partial, ignore_errors=True)
     return report
 
@@ -232,24 +231,3 @@ def _record(report: TrainingReport, recipe: Recipe, base: BaseModel) -> dict[str
         "events": [asdict(event) for event in report.events],
         "versions": {"loracompose": __version__, **{package: version(package) for package in packages}},
     }
-
-
-def _write_folder(model: PeftModel, target: Path, card: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
-        model.save_pretrained(aside, save_embedding_layers=False)
-        (aside / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; card.json is the card
-        for name, content in (("card.json", card), ("training.json", record)):
-            (aside / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for written in aside.iterdir():
-            written.chmod(0o644)
-            with written.open("rb") as stream:
-                os.fsync(stream.fileno())
-        aside.chmod(0o755)
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -277,7 +277,9 @@ def test_the_model_is_the_same_outside_the_context(fails):
 def test_folding_changes_no_output_and_stock_peft_loads_the_result(tmp_path, base, dtype, tolerance):
     if base == "llama":
         tolerance = max(tolerance, 1e-6)  # its norms compute in float32
-    config = LoraConfig(r=RANK, lora_alpha=3, target_modules=TARGETS[base], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=RANK, lora_alpha=3, target_modules=TARGETS[base], task_type="CAUSAL_LM", fan_in_fan_out=base == "gpt2"
+    )
     model = get_peft_model(base_model(base, dtype=dtype), config, autocast_adapter_dtype=False).eval()
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,10 +49,10 @@ class BeamEvent:
 
 @dataclass(frozen=True)
 class _Beam:
-    """The ranks of one module: `encoder` holds A (r, d_in), `decoder` B (d_out, r), `scores` is (r,)."""
+    """The ranks of one module: A (r, d_in), B (d_out, r), scores (r,), and `down`, the layer that computes A x."""
 
     module: str
-    encoder: nn.Module
+    down: nn.Module
     A: nn.Parameter
     B: nn.Parameter
     scores: nn.Parameter
@@ -70,13 +71,13 @@ class BeamLora:
         ranks had half a period earlier, with their Adam moments of then; the sources keep what they have now;
      3. s of a pruned rank and of its source become their mean, and the Adam moments of the module's s become 0.
 
-    The rank never changes and nothing is merged into the base. The output is not preserved at an event: it jumps by
-    about the importance pruned, 5 % and less. What the authors leave open or their code does otherwise:
+    The rank never changes, nothing is merged into the base, and the output jumps at an event. Where we depart from the
+    authors' code, and what one should know:
 
      * K may exceed r/2 in their code; a rank is then pruned and a source at once. Here, as in another branch of their
        code, the most important of a module's tail are spared until K is at most r/2.
      * Their code writes the old moments of A and B into a temporary copy (an assignment through a mask), so that
-       pruned ranks in fact keep the moments they had. Here they are copied, as the code intends.
+       pruned ranks in fact keep the moments they had. Here they are copied, as is plainly meant.
      * Their code also clears the moments of the scores of modules that lose no rank. Here such a module is left alone,
        so that a threshold of 1 is LoRA with a learned importance and nothing else.
      * Adam's count of steps is one for a whole factor, so moments half a period old are a little small for it: in the
@@ -121,12 +122,12 @@ class BeamLora:
     def attached(self) -> Iterator[None]:
         """Within the context the model's LoRA layers weigh their ranks by importance."""
 
-        def weigh(beam: _Beam) -> Any:
-            return lambda module, inputs, output: output * importance(beam.scores, self.temperature)
+        def weigh(scores: Tensor, layer: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> Tensor:
+            return h * importance(scores, self.temperature)  # (..., r)
 
         with ExitStack() as stack:
             for beam in self._beams:
-                stack.callback(beam.encoder.register_forward_hook(weigh(beam)).remove)
+                stack.callback(beam.down.register_forward_hook(partial(weigh, beam.scores)).remove)
             yield
 
     @torch.no_grad()

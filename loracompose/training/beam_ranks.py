@@ -18,13 +18,12 @@ def tail_counts(importances: Mapping[str, Tensor], threshold: float) -> dict[str
 
     All ranks are sorted by importance, largest first; kept are those whose cumulative sum is at most `threshold` of
     the total, so the rank that crosses it is the first of the tail, as in the authors' code. At a threshold of 1 the
-    tail is empty (there, rounding could prune the last rank). Among equals the later module's rank is in the tail.
+    tail is empty. Among equals the later module's rank is in the tail.
     """
-    if threshold >= 1:
-        return dict.fromkeys(importances, 0)
     joined = torch.cat([values.double() for values in importances.values()])  # (M r,)
     order = joined.argsort(descending=True, stable=True)
-    kept = int((joined[order].cumsum(0) <= threshold * joined.sum()).sum())
+    cumulative = joined[order].cumsum(0)
+    kept = int((cumulative <= threshold * cumulative[-1]).sum())  # its own end: another sum may round below it
     tail = torch.zeros(len(joined), dtype=torch.bool)
     tail[order[kept:]] = True
     parts = torch.split(tail, [len(values) for values in importances.values()])

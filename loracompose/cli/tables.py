@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from loracompose.benchmarks.crash import CrashReport
     from loracompose.retrieval.explanation import Explanation
     from loracompose.trace import Generation
 
@@ -109,3 +110,16 @@ def explanation_json(explanation: Explanation) -> dict[str, Any]:
         for candidate in explanation.candidates
     ]
     return {"prompt": explanation.prompt, "typicality": explanation.typicality, "found": found}
+
+
+def crash_table(report: CrashReport) -> Table:
+    """What a crash test did, by the kind of step, and under it what failed."""
+    rows = [
+        (kind, str(done), str(report.in_flight[kind]), str(report.survived[kind]))
+        for kind, done in report.acknowledged.items()
+    ]
+    heads = ("step", "acknowledged", "in flight when killed", "of these took effect")
+    outcome = f"[bold red]{len(report.failures)} failures[/]" if report.failures else "[green]no failure[/]"
+    made = table(f"{report.kills} kills, {report.operations} steps, {outcome}", heads, rows, right=(1, 2, 3))
+    made.caption = "\n".join(escape(failure) for failure in report.failures)
+    return made

@@ -18,6 +18,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from loracompose.benchmarks.crash import CrashReport
     from loracompose.retrieval.explanation import Explanation
+    from loracompose.retrieval.verification import Problem
     from loracompose.trace import Generation
 
 BAR = 12  # cells of a full weight bar
@@ -110,6 +111,12 @@ def explanation_json(explanation: Explanation) -> dict[str, Any]:
         for candidate in explanation.candidates
     ]
     return {"prompt": explanation.prompt, "typicality": explanation.typicality, "found": found}
+
+
+def problem_table(title: str, problems: Iterable[Problem]) -> Table:
+    """What is wrong with an index, or was, with what mends it."""
+    rows = [(escape(p.adapter or "the index"), escape(p.what), escape(p.remedy)) for p in problems]
+    return table(title, ("where", "what", "remedy"), rows)
 
 
 def crash_table(report: CrashReport) -> Table:

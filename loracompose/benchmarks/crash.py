@@ -36,8 +36,8 @@ from loracompose.retrieval.index import AdapterIndex
 
 NAMES = tuple(f"adapter{i}" for i in range(8))
 VERSIONS = 3
-_LONGEST = 0.6  # seconds until a kill by the clock
-_CALLS = (100, 100_000)  # until a kill by the call, drawn log-uniformly: from opening the index to dozens of steps
+_LONGEST = 3.0  # seconds until a kill by the clock
+_STEPS = 5  # before the one in which a kill by the call comes, at most
 _PATIENCE = 120.0  # seconds for a process to begin or to die
 
 
@@ -75,7 +75,8 @@ def crash_test(
         kills: how often.
         seed: decides the steps and the kills by the call; where one by the clock lands, the machine decides.
         by_clock: share of the kills that come after a random time, anywhere, also in the middle of a system call. The
-            others come before a random function call, and come there again with the same seed.
+            others come before a random call into the system or SQLite, evenly over all kinds of steps, and come
+            there again with the same seed.
         tick: called after each kill.
 
     Raises:
@@ -101,7 +102,7 @@ class _Ordeal:
         self._cards = write_pools(place.pools, NAMES, VERSIONS)
         # The server imports the library once, in a process of one thread; each victim is forked from it.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["__main__", victim.__name__])
+        self._context.set_forkserver_preload(["__main__", *victim.USED])
         self._acknowledged, self._in_flight, self._survived = Counter[str](), Counter[str](), Counter[str]()
         self._leftovers = 0
 
@@ -138,11 +139,10 @@ class _Ordeal:
 
     def _kill_one(self, journal: Path, state: State, clock: bool, seed: str) -> list[str]:
         """Start a victim and see it die; returns what is wrong with the way it died."""
-        low, high = _CALLS
-        calls = None if clock else round(low * (high / low) ** self._chance.random())
+        fatal = None if clock else self._chance.randint(0, _STEPS)
         delay = self._chance.uniform(0, _LONGEST)
         ours, theirs = self._context.Pipe(duplex=False)
-        arguments = (self._place, journal, state, NAMES, VERSIONS, seed, calls, theirs)
+        arguments = (self._place, journal, state, NAMES, VERSIONS, seed, fatal, theirs)
         process = self._context.Process(target=victim.change_without_end, args=arguments, daemon=True)
         process.start()
         theirs.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -18,6 +19,9 @@ from loracompose.benchmarks.journal import Journal, Kind, State, Step
 from loracompose.benchmarks.material import word_encoder
 from loracompose.retrieval.index import AdapterIndex
 
+USED = (__name__, *(f"loracompose.retrieval.{name}" for name in ("building", "repair", "search")))
+"""Modules that take long to import and are used sooner or later: who forks such processes imports them once."""
+
 # How often each step is taken: changes most, whole rebuilds least.
 _OFTEN: dict[Kind, int] = {
     "add": 6,
@@ -30,6 +34,23 @@ _OFTEN: dict[Kind, int] = {
     "snapshot": 1,
     "restore": 1,
 }
+# About how often each calls what is in _TOUCHING, with eight adapters.
+_TOUCHES: dict[Kind, int] = {
+    "add": 65,
+    "update": 85,
+    "remove": 20,
+    "search": 40,
+    "rebuild": 85,
+    "compact": 16,
+    "replace": 670,
+    "snapshot": 520,
+    "restore": 600,
+}
+# What changes files, or is the beginning or the end of that.
+_TOUCHING = frozenset(
+    {"rename", "replace", "unlink", "rmdir", "mkdir", "fsync", "open", "close", "write", "sendfile"}
+    | {"execute", "executescript", "backup"}
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +87,7 @@ def change_without_end(
     names: tuple[str, ...],
     versions: int,
     seed: str,
-    calls: int | None,
+    fatal: int | None,
     ready: Connection,
 ) -> None:
     """Take random steps until somebody kills this process.
@@ -78,7 +99,8 @@ def change_without_end(
         names: of all adapters.
         versions: of each adapter.
         seed: of the choice of steps.
-        calls: die by its own hand, of the same signal, before the call of this number; None waits for another's.
+        fatal: die in the step of this number, of the same signal by its own hand, before a call into the system or
+            SQLite that the seed decides; None waits for another's hand.
         ready: told when the first step is about to begin.
     """
     try:
@@ -86,11 +108,12 @@ def change_without_end(
         diary = Journal(journal)
         index = AdapterIndex.open(place.index, embedder=word_encoder())
         ready.send("ready")
-        if calls is not None:
-            sys.setprofile(_Countdown(calls))
-        while True:
-            step = _choose(chance, state, names, versions)
+        for number in itertools.count():
+            last = number == fatal
+            step = _choose(chance, state, names, versions, evenly=last)
             diary.begin(step)
+            if last:
+                sys.setprofile(_Countdown(chance.randint(1, _TOUCHES[step.kind])))
             index = _take(step, index, place)
             diary.end()
             state = state.after(step, names)
@@ -100,21 +123,23 @@ def change_without_end(
 
 
 class _Countdown:
-    """A profiler that kills its own process, without a word, when it has seen so many calls and returns."""
+    """A profiler that kills its own process, without a word, before the call of this number that touches files."""
 
     def __init__(self, calls: int) -> None:
         self._left = calls
 
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+    def __call__(self, frame: FrameType, event: str, function: Any) -> None:
+        if event != "c_call" or function.__name__ not in _TOUCHING:
+            return
         self._left -= 1
         if self._left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _choose(chance: random.Random, state: State, names: tuple[str, ...], versions: int) -> Step:
+def _choose(chance: random.Random, state: State, names: tuple[str, ...], versions: int, *, evenly: bool) -> Step:
     inside, outside = sorted(state.versions), sorted(set(names) - set(state.versions))
     possible: dict[Kind, int] = {
-        kind: often
+        kind: 1 if evenly else often
         for kind, often in _OFTEN.items()
         if (inside or kind not in ("update", "remove"))
         and (outside or kind != "add")

@@ -23,6 +23,7 @@ def bench() -> None:
 def crash(
     kills: Annotated[int, typer.Option(help="How often the process is killed.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the steps and of the kills by the call.")] = 0,
+    by_clock: Annotated[float, typer.Option(help="Share of the kills after a random time, not before a call.")] = 0.5,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -33,7 +34,7 @@ def crash(
 
     with Progress(disable=as_json) as progress:
         task = progress.add_task("killing", total=kills)
-        report = crash_test(kills, seed, tick=lambda: progress.advance(task))
+        report = crash_test(kills, seed, by_clock=by_clock, tick=lambda: progress.advance(task))
     if output is not None:
         output.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     if as_json:

@@ -170,12 +170,9 @@ def verify(
         raise typer.BadParameter("--look-in belongs to --repair")
     quiet_loading()
     with AdapterIndex.open(index) as opened:
-        if not repair:
-            report, mended = opened.verify(), ()
-        else:
-            repaired = opened.repair(look_in=look_in or ())
-            report, mended = VerifyReport(len(opened), repaired.remaining), repaired.mended
-    _show_problems(str(index), report, mended, as_json)
+        repaired = opened.repair(look_in=look_in or ()) if repair else None
+        report = VerifyReport(len(opened), repaired.remaining) if repaired else opened.verify()
+    _show_problems(str(index), report, repaired.mended if repaired else (), as_json)
 
 
 @app.command()

@@ -86,6 +86,7 @@ def restore_snapshot(snapshot: Path, home: Path) -> int:
             _copy_checked(snapshot / name, aside.folder / name, manifest.files[name])
         catalog = _checked_catalog(snapshot, aside.folder, manifest)
         try:
+            forget_derived(catalog)  # somebody may have searched in the snapshot
             _, outside = _by_place(catalog.entries(), snapshot)
             refer(catalog, {entry.id: _referred(_found(entry, snapshot, manifest), home) for entry in outside})
         finally:

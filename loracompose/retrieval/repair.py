@@ -12,7 +12,7 @@ from loracompose.retrieval.admission import CONFIG_FILE, absolute, complete, rel
 from loracompose.retrieval.cards import Card, read_card
 from loracompose.retrieval.catalog import Catalog, Entry
 from loracompose.retrieval.compaction import drop_leftovers
-from loracompose.retrieval.copies import make_copy
+from loracompose.retrieval.copies import discard_copy, make_copy
 from loracompose.retrieval.embedding import Embedder, check_encoder
 from loracompose.retrieval.entering import embedded
 from loracompose.retrieval.locking import locked
@@ -114,3 +114,4 @@ def _refer(catalog: Catalog, home: Path, entry: Entry, place: Path) -> None:
         return
     with locked(home, shared=True):  # until it is referred to, the copy must not be taken for a leftover
         refer(catalog, {entry.id: relative(make_copy(place, home), home)})
+    discard_copy(home / entry.path, home)  # what is left of it

@@ -17,6 +17,8 @@ from loracompose.retrieval.resuming import EmbeddedSoFar
 from loracompose.retrieval.scoring import Scoring, check_scoring
 from loracompose.retrieval.snapshot import take_snapshot
 
+_TOGETHER = 1000  # adapters per transaction: one for each would wait for the disk, one for all make a long log
+
 T = TypeVar("T")
 
 
@@ -115,11 +117,12 @@ def _embed(
 
 
 def _write(entering: list[Admitted], done: EmbeddedSoFar, home: Path, settings: Settings) -> None:
-    """Write the catalog in one transaction, and what is derived from it."""
+    """Write the catalog, and what is derived from it."""
     with _created(home / CATALOG_FILE, settings) as catalog:
-        with catalog.writing():
-            for new in entering:
-                catalog.add(new.card, new.path, done.get(new.card.examples))
+        for start in range(0, len(entering), _TOGETHER):
+            with catalog.writing():
+                for new in entering[start : start + _TOGETHER]:
+                    catalog.add(new.card, new.path, done.get(new.card.examples))
         take_snapshot(catalog, home / VECTORS_FILE)
 
 

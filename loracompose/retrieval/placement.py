@@ -87,7 +87,9 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     if not (folder / CATALOG_FILE).is_file():
         raise FileExistsError(f"{folder} exists and is not an index; choose another place")
     if not overwrite:
-        raise FileExistsError(f"{folder} is an index already; open it, or build with overwrite=True")
+        raise FileExistsError(
+            f"{folder} is an index already; open it, choose another place, or build with overwrite=True"
+        )
     if foreign := _foreign(folder):
         raise FileExistsError(
             f"{folder} is not replaced, for it holds what the index did not write: {', '.join(foreign[:10])}"

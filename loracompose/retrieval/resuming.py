@@ -15,7 +15,7 @@ from loracompose.retrieval.database import Database
 from loracompose.retrieval.tables import Settings
 
 _FILE = "embedded.sqlite"
-_SCHEMA = "CREATE TABLE IF NOT EXISTS embedded (key BLOB PRIMARY KEY, embeddings BLOB NOT NULL) WITHOUT ROWID;"
+_SCHEMA = "CREATE TABLE IF NOT EXISTS embedded (key BLOB PRIMARY KEY, embeddings BLOB NOT NULL);"
 
 
 class EmbeddedSoFar:

@@ -17,7 +17,9 @@ def test_compacting_gives_back_the_space_of_what_was_removed_and_changes_no_reco
     index.add(make_adapter(tmp_path / "late" / "long", many, seed=9))
     index.remove("long")
     before = contents(index), content_digest(index.catalog), index.catalog.generation
+    assert index.catalog.database.rows("PRAGMA freelist_count")[0][0] > 0
     report = index.compact()
+    assert index.catalog.database.rows("PRAGMA freelist_count") == [(0,)]
     assert (contents(index), content_digest(index.catalog), index.catalog.generation) == before
     assert report.deleted == ()
     assert report.bytes_before - report.bytes_after > 400 * 4 * 128

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import threading
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,54 +127,64 @@ def test_an_index_is_built_by_one_at_a_time(pool, tmp_path, embedder):
     assert hidden(tmp_path) == []
 
 
-def test_a_lock_is_that_of_the_folder_that_is_there_when_it_is_got(tmp_path):
-    """Whoever waits for a folder that is deleted and made again gets the new one."""
-    home = tmp_path / "home"
-    got = threading.Event()
-    inodes = []
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked there")
+def test_a_lock_is_that_of_the_folder_that_is_there_when_it_is_got(tmp_path, monkeypatch):
+    """Whoever waits for a folder that is deleted and made again meanwhile gets the new one."""
+    import fcntl
 
-    def wait():
-        with locked(home, create=True):
-            inodes.append(home.stat().st_ino)
-            got.set()
+    home, lock = tmp_path / "home", fcntl.flock
 
-    with locked(home, create=True):
-        waiting = threading.Thread(target=wait)
-        waiting.start()
+    def replaced_meanwhile(descriptor, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
         home.rename(tmp_path / "away")
         home.mkdir()
-        assert not got.is_set()
-    waiting.join()
-    assert inodes == [home.stat().st_ino]
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", replaced_meanwhile)
+    with locked(home, create=True), pytest.raises(BlockingIOError), locked(home, wait=False):
+        raise AssertionError("held twice")
     with pytest.raises(FileNotFoundError), locked(tmp_path / "none"):
-        got.clear()
+        raise AssertionError("there is none")
 
 
-def test_an_exchange_gives_each_folder_the_place_of_the_other(tmp_path, monkeypatch):
+@pytest.fixture
+def two(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    one, other = tmp_path / "one", tmp_path / "other"
-    placement.exchange(one, other)
-    assert [path.name for path in (*one.iterdir(), *other.iterdir())] == ["other", "one"]
+    return tmp_path / "one", tmp_path / "other"
+
+
+def test_an_exchange_gives_each_folder_the_place_of_the_other_also_in_several_steps(two, tmp_path, monkeypatch):
     monkeypatch.setattr(placement, "_exchanged_at_once", lambda *folders: False)
-    placement.exchange(one, other)
-    assert [path.name for path in (*one.iterdir(), *other.iterdir())] == ["one", "other"]
+    placement.exchange(*two)
+    assert [path.name for folder in two for path in folder.iterdir()] == ["other", "one"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other"]
 
 
-def test_an_index_is_never_out_of_its_place_where_the_system_can_exchange_folders(index, pool, tmp_path, embedder):
-    """Every rename of a replacement leaves an index in place; only Linux is asked for that."""
-    steps = []
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_an_exchange_is_one_step_where_the_system_can(two, monkeypatch):
+    def refused(path, target):
+        raise AssertionError("renamed")
 
-    def watched(frame, event, argument):
-        steps.append((tmp_path / "index" / "catalog.sqlite").exists())
+    monkeypatch.setattr(Path, "rename", refused)
+    placement.exchange(*two)
+    assert [path.name for folder in two for path in folder.iterdir()] == ["other", "one"]
 
-    with pytest.MonkeyPatch.context() as patch:
-        real = placement.exchange
-        patch.setattr(placement, "exchange", lambda one, other: (watched(0, 0, 0), real(one, other), watched(0, 0, 0)))
-        AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, overwrite=True).close()
-    assert steps == [True, True]
+
+def test_an_exchange_that_fails_halfway_puts_the_folder_back(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(placement, "_exchanged_at_once", lambda *folders: False)
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name == "one":
+            raise OSError("no room")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no room"):
+        placement.exchange(*two)
+    assert [path.name for folder in two for path in folder.iterdir()] == ["one", "other"]
 
 
 def test_where_an_interrupted_replacement_has_put_the_index_is_told(index, tmp_path, monkeypatch):

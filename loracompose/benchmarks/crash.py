@@ -75,8 +75,8 @@ def crash_test(
         kills: how often.
         seed: decides the steps and the kills by the call; where one by the clock lands, the machine decides.
         by_clock: share of the kills that come after a random time, anywhere, also in the middle of a system call. The
-            others come before a random call into the system or SQLite, evenly over all kinds of steps, and come
-            there again with the same seed.
+            others come before a random call into the system or SQLite, evenly over all kinds of steps; with 0, the
+            same seed gives the same steps and kills again.
         tick: called after each kill.
 
     Raises:

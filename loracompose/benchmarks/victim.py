@@ -129,7 +129,7 @@ class _Countdown:
         self._left = calls
 
     def __call__(self, frame: FrameType, event: str, function: Any) -> None:
-        if event != "c_call" or function.__name__ not in _TOUCHING:
+        if event != "c_call" or getattr(function, "__name__", "") not in _TOUCHING:
             return
         self._left -= 1
         if self._left == 0:

@@ -27,7 +27,7 @@ def test_an_index_survives_kills_at_calls_all_over_the_library(tmp_path):
     assert report["failures"] == []
     assert report["kills"] == 12
     assert report["operations"] == sum(report["acknowledged"].values()) + sum(report["in_flight"].values())
-    assert sum(report["in_flight"].values()) == 12
+    assert 0 < sum(report["in_flight"].values()) <= 12
 
 
 def test_a_journal_tells_what_was_acknowledged_and_what_was_in_flight(tmp_path):

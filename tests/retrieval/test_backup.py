@@ -214,23 +214,27 @@ def test_whoever_had_the_index_open_while_it_was_restored_is_told(index, tmp_pat
         index.remove("sql")
 
 
-def test_copies_that_go_while_a_snapshot_is_made_do_not_spoil_it(copying, tmp_path, embedder, monkeypatch):
-    """An adapter is removed and one added after the catalog was copied, and before its folders are."""
-    copied = Database.copy_to
-    changes = [lambda: copying.remove("french"), lambda: copying.add(tmp_path / "late" / "poem")]
-    make_adapter(tmp_path / "late" / "poem", ["write a poem"], seed=9)
+@pytest.mark.parametrize(("owner", "after"), [(Database, "copy_to"), (backup, "copy_files")])
+def test_copies_that_go_while_a_snapshot_is_made_do_not_spoil_it(
+    copying, tmp_path, embedder, monkeypatch, owner, after
+):
+    """An adapter goes and another comes: once after the catalog was copied, once after its own copy was."""
+    poem = make_adapter(tmp_path / "late" / "poem", ["write a poem"], seed=9)
+    changes = [lambda: copying.remove("french"), lambda: copying.add(poem)]
+    copy = getattr(owner, after)
 
-    def interrupted(database, path):
-        copied(database, path)
-        if changes:
+    def interrupted(*arguments):
+        copy(*arguments)
+        while changes:
             changes.pop(0)()
 
-    monkeypatch.setattr(Database, "copy_to", interrupted)
+    monkeypatch.setattr(owner, after, interrupted)
     copying.snapshot(tmp_path / "saved")
     monkeypatch.undo()
     with AdapterIndex.open(tmp_path / "saved", embedder=embedder) as saved:
-        assert [card.name for card in saved.cards] == ["mood", "sql", "sums"]  # the state of its last look
+        assert [card.name for card in saved.cards] == ["mood", "sql", "sums", "poem"]
         assert saved.verify().ok
+    assert len(list((tmp_path / "saved" / "adapters").iterdir())) == 4
 
 
 def test_a_copy_that_is_gone_is_named(copying, tmp_path):

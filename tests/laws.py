@@ -129,9 +129,7 @@ def learned(kind: type[LearnedComposer], spread: float = 0.5, **settings: Any) -
     """A router of `everyone` as it starts, with noise on every tensor; a spread of 0 is the start itself."""
     start, generator = kind.initial(everyone(), 0, settings), torch.Generator().manual_seed(5)
     noisy = {
-        name: tensor + spread * torch.randn(tensor.shape, generator=generator)
-        if tensor.is_floating_point()
-        else tensor
+        name: tensor + spread * torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
         for name, tensor in start.tensors.items()
     }
     return replace(start, tensors=noisy)

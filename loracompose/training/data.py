@@ -116,7 +116,4 @@ def _example(row: Any, place: str) -> Example:
         raise ValueError(f"{place}: {error}") from error
     if not text.strip():
         raise ValueError(f"{place}: the prompt is empty")
-    task = row.get("task", "")
-    if not isinstance(task, str):
-        raise ValueError(f"{place}: the task must be a string, got {task!r}")
-    return Example(row["prompt"], row["response"], task)
+    return Example(row["prompt"], row["response"], str(row.get("task") or ""))

@@ -1,4 +1,4 @@
-"""loracompose train adapter."""
+"""loracompose train: adapter, and router beside it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from loracompose.cli import options, tables
 from loracompose.cli.errors import Commands
 from loracompose.cli.options import DEFAULT_BASE
 from loracompose.cli.quiet import quiet_loading
+from loracompose.cli.router_training import router
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Train what an index needs.")
+app.command()(router)
 
 
 @app.callback()

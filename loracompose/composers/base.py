@@ -97,6 +97,12 @@ class LearnedComposer(Composer, Protocol):
         ...
 
 
+def router_of(composer: Composer) -> Router | None:
+    """What a composer has learned; None if it learns nothing."""
+    router = getattr(composer, "router", None)
+    return router if isinstance(router, Router) else None
+
+
 @dataclass(frozen=True, eq=False)
 class Pool:
     """What a router is trained with.

@@ -6,7 +6,7 @@ import ast
 import dataclasses
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ def parse_composer(name: str, settings: list[str] | None, router: Path | None = 
     from loracompose.composition.router import load_router
 
     made = get_composer(name, None if router is None else load_router(router))
-    fields = dataclasses.fields(made) if dataclasses.is_dataclass(made) else ()
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(made) if dataclasses.is_dataclass(made) else ()
     known = [field.name for field in fields if field.name != "router"]
     values = parse_settings(settings, known, f"composer {name!r}")
     return dataclasses.replace(made, **values) if values else made  # type: ignore[type-var]

@@ -57,7 +57,8 @@ class LearnedComposer(Composer, Protocol):
     """A composer whose gates are learned: what it learned is its router, which training replaces step by step.
 
     Training runs `compose` on the bank of a pool with the parameters as the router's tensors, so the gates that are
-    trained are those that run later.
+    trained are those that run later. A method whose paper trains other gates than it runs has a class method
+    `training(router)` beside these: the composer that training runs instead.
 
     Attributes:
         router: what it learned; of the composer's own method.

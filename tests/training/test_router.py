@@ -206,6 +206,24 @@ def test_the_methods_own_loss_and_its_untrained_tensors_take_part(train, tmp_pat
 
 
 @dataclass(frozen=True)
+class Detour(Balanced):
+    """Trained as something else than what it runs."""
+
+    @classmethod
+    def training(cls, router):
+        return Balanced(router)
+
+    def compose(self, banks, weights):
+        raise NotImplementedError
+
+
+def test_a_method_may_train_other_gates_than_it_runs(train, tmp_path):
+    recipe = RouterRecipe(steps=2, batch_size=6)
+    report, plain = train(tmp_path / "r", Detour, recipe=recipe), train(tmp_path / "s", Balanced, recipe=recipe)
+    assert report.router.fingerprint == plain.router.fingerprint
+
+
+@dataclass(frozen=True)
 class Overreaching(Balanced):
     def after_step(self, scratch):
         return {next(iter(set(self.router.tensors) - {"steps"})): torch.zeros(3)}

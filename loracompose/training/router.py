@@ -123,7 +123,9 @@ def train_router(
         material = _material(loaded, found, recipe, data, dev)
         rows = material.rows
         steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch(len(rows.encoded), recipe.batch_size)))
-        loop = RouterLoop(getattr(kind, "training", cast(Any, kind)), start, material, recipe, steps)
+        # PHATGOOSE runs its gates in another form while they are trained
+        trained_form = cast(Any, getattr(kind, "training", kind))
+        loop = RouterLoop(trained_form, start, material, recipe, steps)
         bar = stack.enter_context(progress_bar(target.name)) if progress else None
         stack.enter_context(frozen(loaded.model))
         loop.run(partial / "checkpoint.pt", _identity(start, material, recipe, loaded, steps), tell_all(bar, on_step))

@@ -79,7 +79,11 @@ def drop_members(weights: Tensor, chance: Tensor, dropout: float, keep_one: bool
 
 
 def member_table(
-    recipe: RouterRecipe, examples: Sequence[Example], names: Sequence[str], index: AdapterIndex | None
+    recipe: RouterRecipe,
+    examples: Sequence[Example],
+    names: Sequence[str],
+    index: AdapterIndex | None,
+    used: Sequence[int] | None = None,
 ) -> MemberTable:
     """The weights of every row.
 
@@ -88,6 +92,7 @@ def member_table(
         examples: the N rows.
         names: of the K adapters, in the order of the columns.
         index: where the retrieved adapters are found.
+        used: the rows that will be asked for; the others are not looked up in the index. None: all.
 
     Raises:
         ValueError: there is no index to retrieve from.
@@ -97,7 +102,13 @@ def member_table(
     own = torch.tensor([place.get(example.task, -1) for example in examples])
     is_own = own[:, None] == torch.arange(len(names))  # (N, K)
     if recipe.members == "retrieved":
-        shown, hidden = (_retrieved(recipe, examples, place, index, hide) for hide in (False, True))
+        rows = sorted(set(range(len(examples)) if used is None else used))
+        shown, hidden = torch.zeros(is_own.shape), torch.zeros(is_own.shape)
+        asked = [examples[row] for row in rows]
+        if recipe.hide_own < 1:
+            shown[rows] = _retrieved(recipe, asked, place, index, hide=False)
+        if recipe.hide_own > 0:
+            hidden[rows] = _retrieved(recipe, asked, place, index, hide=True)
     elif recipe.members == "own":
         _check_own(examples, place)
         shown, hidden = is_own.float(), torch.zeros(is_own.shape)
@@ -111,13 +122,11 @@ def _retrieved(
 ) -> Tensor:
     if index is None:
         raise ValueError('members="retrieved" needs an index: give one as the adapters')
-    weights = torch.zeros(len(examples), len(place))
-    if (hide and recipe.hide_own == 0) or (not hide and recipe.hide_own == 1):
-        return weights  # no row will ask for them
     exclude = [[e.task] if hide and e.task in place else [] for e in examples]
     found = Retriever(index, k=recipe.k).retrieve([user_text(e.prompt) for e in examples], exclude=exclude)
     if strangers := [name for name in found.names if name not in place]:
         raise LookupError(f"the index finds {', '.join(strangers)}, which the pool that is trained with does not have")
+    weights = torch.zeros(len(examples), len(place))
     weights[:, [place[name] for name in found.names]] = found.weights
     return weights
 

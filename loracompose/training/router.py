@@ -26,7 +26,7 @@ from loracompose.training.pool import Adapters, LoadedPool, open_pool
 from loracompose.training.progress import progress_bar, tell_all
 from loracompose.training.router_loop import Material, RouterLoop
 from loracompose.training.router_recipe import RouterRecipe
-from loracompose.training.task_mixture import Rows, task_mixture
+from loracompose.training.task_mixture import Rows, TaskMixture, task_mixture
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +120,9 @@ def train_router(
     with ExitStack() as stack:
         found = stack.enter_context(open_pool(adapters, loaded))
         start = kind.initial(found.pool, recipe.seed, dict(settings or {}))
-        material = _material(loaded, found, recipe, data, dev)
-        rows = material.rows
+        rows = _rows(loaded, recipe, data)
         steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch(len(rows.encoded), recipe.batch_size)))
+        material = _material(loaded, found, recipe, rows, steps, dev)
         # PHATGOOSE runs its gates in another form while they are trained
         trained_form = cast(Any, getattr(kind, "training", kind))
         loop = RouterLoop(trained_form, start, material, recipe, steps)
@@ -185,13 +185,33 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(before[name])
 
 
-def _material(base: BaseModel, found: LoadedPool, recipe: RouterRecipe, data: Rows, dev: Rows | None) -> Material:
-    shared: dict[str, Any] = {"tasks": recipe.tasks, "max_length": recipe.max_length, "seed": recipe.seed}
-    rows = task_mixture(data, base.tokenizer, per_task=recipe.per_task, **shared)
-    members = member_table(recipe, rows.examples, found.pool.names, found.index)
+def _rows(base: BaseModel, recipe: RouterRecipe, data: Rows) -> TaskMixture:
+    return task_mixture(
+        data,
+        base.tokenizer,
+        tasks=recipe.tasks,
+        per_task=recipe.per_task,
+        max_length=recipe.max_length,
+        seed=recipe.seed,
+    )
+
+
+def _material(
+    base: BaseModel, found: LoadedPool, recipe: RouterRecipe, rows: TaskMixture, steps: int, dev: Rows | None
+) -> Material:
+    used = [row for batch in rows.plan(recipe.batch_size, steps=steps, seed=recipe.seed) for row in batch]
+    members = member_table(recipe, rows.examples, found.pool.names, found.index, used)
     measured = None
     if dev is not None:
-        dev_rows = task_mixture(dev, base.tokenizer, split="dev", per_task=recipe.dev_per_task, **shared)
+        dev_rows = task_mixture(
+            dev,
+            base.tokenizer,
+            split="dev",
+            tasks=recipe.tasks,
+            per_task=recipe.dev_per_task,
+            max_length=recipe.max_length,
+            seed=recipe.seed,
+        )
         measured = dev_rows, member_table(recipe, dev_rows.examples, found.pool.names, found.index)
     pad_id = int(base.tokenizer.pad_token_id)
     return Material(base.model, found.pool.banks, pad_id, rows, members, measured)

@@ -122,3 +122,16 @@ def test_an_adapter_of_the_index_that_the_pool_lacks_is_named(index):
     names = tuple(card.name for card in index.cards)[1:]
     with pytest.raises(LookupError, match="which the pool that is trained with does not have"):
         member_table(RouterRecipe(members="retrieved", k=4), [Example("x", "r", "")], names, index)
+
+
+def test_only_the_rows_that_are_used_are_looked_up(index, monkeypatch):
+    names, examples = tuple(card.name for card in index.cards), [Example(p[0], "r", t) for t, p in TASKS.items()]
+    whole = member_table(RouterRecipe(members="retrieved", k=2, hide_own=0.5), examples, names, index)
+    asked: list[str] = []
+    search = index.search
+    monkeypatch.setattr(index, "search", lambda prompts, *a, **k: asked.extend(prompts) or search(prompts, *a, **k))
+    some = member_table(RouterRecipe(members="retrieved", k=2, hide_own=0.5), examples, names, index, used=[2, 0, 2])
+    assert asked == [examples[0].prompt, examples[2].prompt] * 2
+    assert torch.equal(some.weights[[0, 2]], whole.weights[[0, 2]])
+    assert torch.equal(some.hidden[[0, 2]], whole.hidden[[0, 2]])
+    assert not some.weights[[1, 3]].any()

@@ -86,7 +86,8 @@ def recipe_of(run: Run, tasks: Sequence[str], seed: int, steps: int) -> RouterRe
         warmup=math.ceil(steps / 10),
         max_length=MAX_LENGTH,
         tasks=tuple(tasks),
-        per_task=None if run.capped is None else max(1, run.capped // len(tasks)),
+        # no row twice, unless the method is to learn from few
+        per_task=math.ceil((run.capped or steps * BATCH) / len(tasks)),
         dev_per_task=4,
         eval_every=math.ceil(steps / 4),
         seed=seed,

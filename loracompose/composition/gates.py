@@ -48,7 +48,7 @@ class GateContext:
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the entries of the last axis where the mask is True; 0 elsewhere, also where none is.
 
-    A softmax of nothing but -inf is nan, and so is its gradient even where the result is thrown away; here both are 0.
+    A softmax of nothing but -inf is nan, and so is its gradient: thrown away or not, anomaly detection stops at it.
 
     Args:
         logits: (..., K).

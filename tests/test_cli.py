@@ -170,6 +170,21 @@ def test_train_writes_an_adapter_that_the_index_takes(home, tmp_path):
     assert "exists" in again.stderr
 
 
+def test_beamlora_is_trained_and_tells_its_events(home, tmp_path):
+    data = write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"add {i}", "response": str(i + 1)} for i in range(24)])
+    common = ("train", "adapter", data, "--base", home / "base", "-r", "4", "--steps", "8", "--batch-size", "4")
+    beam = ("--method", "beam", "--beam-threshold", "0.5", "--beam-period", "2")
+    report = read(*common, "-o", tmp_path / "a", *beam)
+    assert [event["step"] for event in report["events"]] == [2, 4]
+    assert all(event["replaced"] for event in report["events"])
+    assert load_adapter(tmp_path / "a", base=base_model()).factors
+    assert "after step 2" in run(*common, "-o", tmp_path / "b", *beam).stdout
+    assert read(*common, "-o", tmp_path / "c")["events"] == []
+    refused = run(*common, "-o", tmp_path / "d", "--beam-period", "2", status=2)
+    assert "belong to --method beam" in refused.stderr
+    assert not (tmp_path / "d").exists()
+
+
 def test_json_shows_prompts_as_they_are(home):
     prompt = ":smile: [red]x[/red] ünï"
     answer = read("generate", prompt, "--adapters", "", "--base", home / "base", "--max-new-tokens", "2")[0]

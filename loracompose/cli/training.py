@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,11 @@ from loracompose.cli.errors import Commands
 from loracompose.cli.options import DEFAULT_BASE
 from loracompose.cli.quiet import quiet_loading
 from loracompose.cli.router_training import router
+
+if TYPE_CHECKING:
+    from loracompose.training.beam_settings import BeamSettings
+
+Method = Literal["lora", "beam"]
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Train what an index needs.")
 app.command()(router)
@@ -29,6 +34,7 @@ def adapter(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; its name is the adapter's name.")],
     base: options.Base = DEFAULT_BASE,
     dev: Annotated[Path | None, typer.Option(help="JSONL to measure the loss on.")] = None,
+    method: Annotated[Method, typer.Option(help="lora, or beam: BeamLoRA, which regrows weak ranks.")] = "lora",
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of every factor.")] = 8,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha; twice the rank if not given.")] = None,
     targets: Annotated[str, typer.Option(help="Adapted modules, by the ends of their names.")] = "q_proj,v_proj",
@@ -39,6 +45,9 @@ def adapter(
     max_length: Annotated[int, typer.Option(help="Rows of more tokens are left out.")] = 512,
     seed: Annotated[int, typer.Option(help="Of factors, order and dropout.")] = 0,
     eval_every: Annotated[int, typer.Option(help="Steps between dev losses; 0 measures it at the end.")] = 0,
+    beam_threshold: Annotated[float | None, typer.Option(help="Importance kept at first; 0.95 if not given.")] = None,
+    beam_period: Annotated[int | None, typer.Option(help="Steps between prunings; 8.1 % of all if not given.")] = None,
+    beam_temperature: Annotated[float | None, typer.Option(help="Of the softmax over ranks.")] = None,
     description: Annotated[str, typer.Option(help="For the card.")] = "",
     tag: Annotated[list[str] | None, typer.Option(help="For the card; may be repeated.")] = None,
     license_name: Annotated[str, typer.Option("--license", help="For the card.")] = "",
@@ -64,6 +73,7 @@ def adapter(
         seed=seed,
         dtype=dtype,
         eval_every=eval_every,
+        beam=_beam_settings(method, beam_threshold, beam_period, beam_temperature),
     )
     card = CardText(description=description, tags=tuple(tag or ()), license=license_name)
     report = train_adapter(
@@ -84,4 +94,21 @@ def adapter(
     left = f", {report.left_out} longer than {max_length} tokens left out" if report.left_out else ""
     out.print(f"{output}: {report.steps} steps on {report.examples} examples{left}, {report.seconds:.0f} s")
     dev_loss = "" if report.dev_loss is None else f", dev loss {report.dev_loss:.3f}"
+    if report.events:
+        pruned = ", ".join(f"{event.pruned} after step {event.step}" for event in report.events)
+        out.print(f"ranks pruned and grown anew: {pruned}")
     out.print(f"loss {report.losses[0]:.3f} → {report.losses[-1]:.3f}{dev_loss}")
+
+
+def _beam_settings(
+    method: Method, threshold: float | None, period: int | None, temperature: float | None
+) -> BeamSettings | None:
+    """The settings of BeamLoRA, None for plain LoRA."""
+    from loracompose.training.beam_settings import BeamSettings
+
+    if method == "beam":
+        share = BeamSettings.threshold if threshold is None else threshold
+        return BeamSettings(threshold=share, period=period, temperature=temperature)
+    if (threshold, period, temperature) != (None, None, None):
+        raise ValueError(f"the options --beam-... belong to --method beam, and the method is {method}")
+    return None

@@ -25,7 +25,7 @@ from loracompose.retrieval.tables import Entry, Settings, Tombstone
 
 __all__ = ["FORMAT", "Card", "Catalog", "Entry", "Settings", "Tombstone"]
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Catalog:
@@ -159,7 +159,7 @@ class Catalog:
         Args:
             card: the card, complete with fingerprint and base model.
             path: the adapter's folder relative to the index folder.
-            embeddings: of the card's examples, without and with the instruction, (examples, width).
+            embeddings: features of the card's examples, (examples, width).
             epoch: the epoch of the settings that the embeddings were made under.
 
         Raises:

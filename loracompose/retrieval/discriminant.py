@@ -133,6 +133,16 @@ class Discriminant:
         scale = spectrum.scale(shrinkage)
         return cls(spectrum.axes * scale, spectrum.means * scale, shrinkage, temperature)
 
+    @classmethod
+    def directly(cls, statistics: Statistics, shrinkage: float, temperature: float) -> Discriminant:
+        """The same by a Cholesky factor instead of eigenvectors: a tenth of the time where one shrinkage is all."""
+        width = len(statistics.scatter)
+        covariance = statistics.scatter / max(statistics.freedom, 1)
+        target = max(np.trace(covariance) / width, 1e-12)
+        covariance = (1.0 - shrinkage) * covariance + shrinkage * target * np.eye(width)
+        whitening = np.linalg.inv(np.linalg.cholesky(covariance)).T  # (D, D)
+        return cls(whitening, statistics.means @ whitening, shrinkage, temperature)
+
     def distances(self, features: NDArray[np.float32]) -> Floats:
         """Squared distances of features (batch, D) to the means, (batch, K).
 

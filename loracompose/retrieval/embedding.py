@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from loracompose.retrieval.segments import closing, opening
 from loracompose.retrieval.tables import Settings
 
 INSTRUCTION = "Represent the sentence for similar task retrieval: "
@@ -165,19 +166,31 @@ def unit_vectors(embedder: Embedder, texts: Sequence[str], dimension: int | None
 
 
 def features(embedder: Embedder, texts: Sequence[str], settings: Settings) -> NDArray[np.float32]:
-    """What is kept of each text: its unit vector, and that under the instruction, (len(texts), width).
+    """What is kept of each text: four unit vectors side by side, (len(texts), width).
+
+    Of the text, of the text under the instruction, of its opening and of its closing (`segments.py`).
 
     Raises:
         ValueError: the embedder misbehaves, see `unit_vectors`.
     """
-    both = [*texts, *(settings.instruction + text for text in texts)]
-    plain, under = np.split(unit_vectors(embedder, both, settings.dimension), 2)
-    return np.concatenate([plain, under], axis=1)
+    views = [*texts, *(settings.instruction + text for text in texts), *map(opening, texts), *map(closing, texts)]
+    return np.concatenate(np.split(unit_vectors(embedder, views, settings.dimension), 4), axis=1)
+
+
+def whole(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The half of the features that was embedded of whole texts, with and without instruction, (texts, width / 2)."""
+    return features[:, : features.shape[1] // 2]
+
+
+def edges(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The half of the features that was embedded of openings and closings, (texts, width / 2)."""
+    return features[:, features.shape[1] // 2 :]
 
 
 def instructed(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The half of the features that was embedded under the instruction, (texts, dimension)."""
-    return features[:, features.shape[1] // 2 :]
+    """The quarter of the features that was embedded under the instruction, (texts, dimension)."""
+    dimension = features.shape[1] // 4
+    return features[:, dimension : 2 * dimension]
 
 
 def representation(examples: NDArray[np.float32], name: str) -> NDArray[np.float32]:

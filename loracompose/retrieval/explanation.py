@@ -102,7 +102,7 @@ def _wordings(lexicon: Lexicon, prompt: str, row: int) -> tuple[str, ...]:
     gains = [(texts[key], gain) for key, gain in lexicon.contributions(ngram_keys(prompt), row)]
     chosen: list[str] = []
     for text, gain in sorted(gains, key=lambda item: -item[1] * (1 + item[0].count(" "))):
-        if gain > 0 and not any(text in longer or longer in text for longer in chosen):
+        if gain > 0 and text and not any(text in longer or longer in text for longer in chosen):
             chosen.append(text)
         if len(chosen) == _WORDINGS:
             break

@@ -1,7 +1,9 @@
-"""Two channels in one posterior: the discriminant, which knows meanings, and the lexicon, which knows wordings.
+"""Three channels in one posterior: what a prompt means, what stands at its edges, and how it is worded.
 
-Their scores are added with weights under which held-out examples choose their own adapter with the best likelihood.
-No gate is needed: evidence of the lexicon that a prompt lacks is evidence that is not added, see `lexicon.py`.
+Two discriminants compare embeddings, of whole prompts and of their openings and closings, where templates put their
+instruction; the lexicon compares wordings. Their scores are added with weights under which held-out examples choose
+their own adapter with the best likelihood. No gate is needed: evidence of the lexicon that a prompt lacks is evidence
+that is not added, see `lexicon.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loracompose.retrieval.discriminant import Discriminant
+from loracompose.retrieval.embedding import edges, whole
 from loracompose.retrieval.lexicon import Lexicon, ngram_keys
-from loracompose.retrieval.weighting import likeliest_temperature, log_softmax
+from loracompose.retrieval.weighting import log_softmax
 
 Floats = NDArray[np.float64]
 
-CHANNELS = ("meaning", "wording")
+CHANNELS = ("meaning", "edges", "wording")
 
 _PRIOR = 1e-3
 """Precision of the weights around 0: where every held-out example is right, likelihood alone has no maximum."""
@@ -26,14 +29,18 @@ _PRIOR = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Hybrid:
-    """The fitted sum of both channels; `weights` one a channel, in the order of `CHANNELS`."""
+    """The fitted sum of the channels; `weights` one a channel, in the order of `CHANNELS`.
+
+    `discriminant` compares whole prompts, `edges` their openings and closings.
+    """
 
     discriminant: Discriminant
+    edges: Discriminant
     lexicon: Lexicon
-    weights: tuple[float, float]
+    weights: tuple[float, float, float]
 
     def fits(self, features: NDArray[np.float32], prompts: Sequence[str]) -> Floats:
-        """How well prompts and their features, (batch, D), fit each adapter, (batch, K).
+        """How well prompts and their features, (batch, width), fit each adapter, (batch, K).
 
         Their softmax over the adapters is p(adapter | prompt).
         """
@@ -41,47 +48,81 @@ class Hybrid:
 
     def channels(self, features: NDArray[np.float32], prompts: Sequence[str]) -> Mapping[str, Floats]:
         """What each channel adds to the fit, each (batch, K)."""
-        meaning, wording = self.weights
-        words = [self.lexicon.scores(ngram_keys(prompt)) for prompt in prompts]
-        parts = (meaning * self.discriminant.fits(features), wording * np.stack(words))
-        return dict(zip(CHANNELS, parts, strict=True))
+        words = np.stack([self.lexicon.scores(ngram_keys(prompt)) for prompt in prompts])
+        parts = (self.discriminant.fits(whole(features)), self.edges.fits(edges(features)), words)
+        return {name: weight * part for name, weight, part in zip(CHANNELS, self.weights, parts, strict=True)}
 
 
-def fit_weights(channels: Sequence[Floats], own: NDArray[np.int64]) -> tuple[float, ...]:
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """Held-out examples as the channels score them.
+
+    `channels`: one array a channel, (queries, K); `own`: the own column of each, (queries,); `weight`: of their mean
+    likelihood among other queries.
+    """
+
+    channels: Sequence[Floats]
+    own: NDArray[np.int64]
+    weight: float = 1.0
+
+
+def fit_weights(held_out: Sequence[Queries]) -> tuple[float, ...]:
     """Weights, none negative, under which the sum of the channels gives the own adapters the best likelihood.
 
     The mean negative log likelihood of a softmax of the weighted sum is convex in the weights; Newton's method with
-    halved steps finds the minimum. A channel that would get a negative weight gets none.
+    halved steps finds the minimum. Channels that would get a negative weight get none, the most negative first.
 
     Args:
-        channels: scores of held-out queries, each (queries, K).
-        own: the own column of each query, (queries,).
+        held_out: kinds of queries over the same channels, each with the weight of its mean likelihood.
 
     Returns:
         One weight a channel; all 1 where there is no query or no choice.
     """
-    if not len(own) or channels[0].shape[1] < 2:
-        return (1.0,) * len(channels)
-    stacked = np.stack(channels, axis=-1)  # (queries, K, C)
-    weights = _newton(stacked, own)
-    if (weights >= 0).all():
-        return tuple(weights.tolist())
-    best = int(np.argmax([likeliest_temperature(scores, own)[1] for scores in channels]))
-    alone = float(_newton(stacked[:, :, [best]], own)[0])
-    return tuple(max(alone, 0.0) if channel == best else 0.0 for channel in range(len(channels)))
+    usable = [q for q in held_out if len(q.own) and q.channels[0].shape[1] > 1]
+    count = len(held_out[0].channels)
+    if not usable:
+        return (1.0,) * count
+    active = list(range(count))
+    while active:
+        weights = _newton([_Stacked(np.stack([q.channels[c] for c in active], -1), q.own, q.weight) for q in usable])
+        if (weights >= 0).all():
+            break
+        del active[int(np.argmin(weights))]
+    found = dict(zip(active, weights.tolist(), strict=True)) if active else {}
+    return tuple(found.get(channel, 0.0) for channel in range(count))
 
 
-def _newton(stacked: Floats, own: NDArray[np.int64]) -> Floats:
-    weights = np.full(stacked.shape[-1], 1e-2)
-    loss = _loss(stacked, own, weights)
+@dataclass(frozen=True, eq=False)
+class _Stacked:
+    """`Queries` with `scores` (queries, K, C)."""
+
+    scores: Floats
+    own: NDArray[np.int64]
+    weight: float
+
+    def loss(self, weights: Floats) -> float:
+        likelihood = log_softmax(self.scores @ weights)[np.arange(len(self.own)), self.own]
+        return -self.weight * float(likelihood.mean())
+
+    def slopes(self, weights: Floats) -> tuple[Floats, Floats]:
+        """Gradient (C,) and curvature (C, C) of the loss."""
+        p = np.exp(log_softmax(self.scores @ weights))  # (queries, K)
+        mean = np.einsum("qk,qkc->qc", p, self.scores)
+        gradient = (mean - self.scores[np.arange(len(self.own)), self.own]).mean(axis=0)
+        centred = self.scores - mean[:, None]
+        curvature = np.einsum("qk,qkc,qkd->cd", p, centred, centred) / len(self.own)
+        return self.weight * gradient, self.weight * curvature
+
+
+def _newton(kinds: Sequence[_Stacked]) -> Floats:
+    weights = np.full(kinds[0].scores.shape[-1], 1e-2)
+    loss = _loss(kinds, weights)
     for _ in range(50):
-        p = np.exp(log_softmax(stacked @ weights))  # (queries, K)
-        mean = np.einsum("qk,qkc->qc", p, stacked)
-        gradient = (mean - stacked[np.arange(len(own)), own]).mean(axis=0) + _PRIOR * weights
-        centred = stacked - mean[:, None]
-        curvature = np.einsum("qk,qkc,qkd->cd", p, centred, centred) / len(own) + _PRIOR * np.eye(len(weights))
+        slopes = [kind.slopes(weights) for kind in kinds]
+        gradient = sum((slope for slope, _ in slopes), start=_PRIOR * weights)
+        curvature = sum((curve for _, curve in slopes), start=_PRIOR * np.eye(len(weights)))
         step = np.linalg.solve(curvature, gradient)
-        while (after := _loss(stacked, own, weights - step)) > loss and np.abs(step).max() > 1e-9:
+        while (after := _loss(kinds, weights - step)) > loss and np.abs(step).max() > 1e-9:
             step = step / 2
         weights, gained, loss = weights - step, loss - after, after
         if gained < 1e-10:
@@ -89,6 +130,5 @@ def _newton(stacked: Floats, own: NDArray[np.int64]) -> Floats:
     return weights
 
 
-def _loss(stacked: Floats, own: NDArray[np.int64], weights: Floats) -> float:
-    likelihood = log_softmax(stacked @ weights)[np.arange(len(own)), own]
-    return float(_PRIOR / 2 * weights @ weights - likelihood.mean())
+def _loss(kinds: Sequence[_Stacked], weights: Floats) -> float:
+    return float(_PRIOR / 2 * weights @ weights + sum(kind.loss(weights) for kind in kinds))

@@ -1,6 +1,7 @@
 """Words as evidence: how much likelier each n-gram of a prompt is in the examples of one adapter than in all.
 
-Runs of one to four words, punctuation marks and line breaks, case kept, so that the fixed parts of a template count.
+Runs of one to four words, punctuation marks and line breaks, case kept, so that the fixed parts of a template count;
+the beginning and the end of the text are marks as well, since a template stands at one of them.
 Each that occurs in the pool gives an adapter log (n + a p) / ((m + a) p), where n of the adapter's m examples have it
 and a share p of all examples; a is a pseudo-count that draws rare evidence towards none. What the pool never saw gives
 none to anybody, but counts in the length that the sum is divided by: of an unseen phrasing little is evidence,
@@ -24,10 +25,13 @@ Floats = NDArray[np.float64]
 LONGEST = 4
 """Words in the longest n-gram."""
 
-PSEUDO_COUNT = 3.0
+PSEUDO_COUNT = 1.0
 EXPONENT = 1.0 / 3.0
 """The sum of the evidence is divided by (number of distinct n-grams) to this power: they overlap and repeat each other,
 so a text of twice the length has less than twice the evidence."""
+
+BEGIN, END = "\x02", "\x03"
+"""Marks of a text's edges."""
 
 _TOKEN = re.compile(r"\w+|[^\w\s]|\n+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses nothing
@@ -45,9 +49,9 @@ def ngram_keys(text: str) -> Keys:
 
 def ngram_texts(text: str) -> dict[int, str]:
     """The n-grams of a text by their hashes."""
-    words = tokens(text)
+    words = [BEGIN, *tokens(text), END]
     return {
-        int(key): " ".join(words[start : start + length])
+        int(key): " ".join(word for word in words[start : start + length] if word not in (BEGIN, END))
         for length, keys in _runs(text)
         for start, key in enumerate(keys)
     }
@@ -177,7 +181,7 @@ def _length(keys: Keys) -> float:
 
 def _runs(text: str) -> list[tuple[int, Keys]]:
     """The hashes of all runs of each length, in their order."""
-    words = np.array([_hash(word) for word in tokens(text)], dtype=np.uint64)
+    words = np.array([_hash(word) for word in (BEGIN, *tokens(text), END)], dtype=np.uint64)
     runs, keys = [(1, words)], words
     for length in range(2, LONGEST + 1):
         keys = keys[:-1] * _FACTOR + words[length - 1 :]  # wraps around; a shorter text has no such run

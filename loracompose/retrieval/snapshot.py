@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog, Entry, Settings
-from loracompose.retrieval.discriminant import Discriminant, Spectrum, Statistics
-from loracompose.retrieval.embedding import representation
-from loracompose.retrieval.fitting import Fitted, fit
+from loracompose.retrieval.discriminant import Spectrum, Statistics
+from loracompose.retrieval.embedding import edges, representation, whole
+from loracompose.retrieval.fitting import Fitted, Spectra, fit
 from loracompose.retrieval.hybrid import Hybrid
 from loracompose.retrieval.lexicon import Keys, Lexicon, read_profile
 from loracompose.retrieval.scoring import Scoring
@@ -38,7 +38,7 @@ class Snapshot:
     """The adapters of one generation, and all that searches derive from them.
 
     `vectors` is a faiss.IndexFlatIP whose row i represents entries[i]; `examples[i]` are the stored embeddings of its
-    examples, (examples, width).
+    examples, (examples, width); `statistics` are of whole prompts and of their edges.
     """
 
     generation: int
@@ -46,7 +46,7 @@ class Snapshot:
     entries: tuple[Entry, ...]
     vectors: Any
     examples: tuple[NDArray[np.float32], ...]
-    statistics: Statistics
+    statistics: tuple[Statistics, Statistics]
     hybrid: Hybrid
     fitted: Fitted
 
@@ -54,7 +54,7 @@ class Snapshot:
         """How well prompts and their features, (batch, width), fit each adapter; softmax is p(adapter | prompt)."""
         if scoring == "hybrid":
             return self.hybrid.fits(features, prompts)
-        return self.hybrid.discriminant.fits(features)
+        return self.hybrid.discriminant.fits(whole(features))
 
     def typicality(self, scoring: Scoring, fits: NDArray[np.float64]) -> NDArray[np.float64]:
         """Conformal p-values, (batch,), of the best fits of prompts: the share of the examples that fit no better.
@@ -102,13 +102,12 @@ def take_snapshot(catalog: Catalog, file: Path, previous: Snapshot | None = None
         if catalog.writable:
             catalog.note(VECTORS_KEY, generation, _write_vectors(file, vectors))
     statistics = _statistics(entries, examples, settings, previous)
-    spectrum, lexicon = Spectrum.of(statistics), _lexicon(entries, previous)
+    spectra, lexicon = Spectra(*map(Spectrum.of, statistics)), _lexicon(entries, previous)
     if fitted is None:
-        fitted = json.dumps(asdict(fit(all_vectors(vectors), examples, spectrum, lexicon)))
+        fitted = json.dumps(asdict(fit(all_vectors(vectors), examples, spectra, lexicon)))
         catalog.note(FITTED_KEY, generation, fitted)
     chosen = Fitted(**json.loads(fitted))
-    discriminant = Discriminant.of(spectrum, chosen.shrinkage, chosen.spread)
-    hybrid = Hybrid(discriminant, lexicon, (chosen.meaning, chosen.wording))
+    hybrid = Hybrid(*spectra.discriminants(chosen), lexicon, chosen.weights)
     return Snapshot(generation, settings, entries, vectors, examples, statistics, hybrid, chosen)
 
 
@@ -183,14 +182,19 @@ def _statistics(
     examples: tuple[NDArray[np.float32], ...],
     settings: Settings,
     previous: Snapshot | None,
-) -> Statistics:
+) -> tuple[Statistics, Statistics]:
     """The previous statistics without what has gone and with what has come, which stands at the end."""
-    if previous is None:
-        return Statistics.of(examples, settings.width)
-    present, past = {entry.id for entry in entries}, {entry.id for entry in previous.entries}
-    gone = [row for row, entry in enumerate(previous.entries) if entry.id not in present]
+    known = previous.entries if previous is not None else ()
+    before = previous.statistics if previous is not None else (Statistics.of((), settings.width // 2),) * 2
+    present, past = {entry.id for entry in entries}, {entry.id for entry in known}
+    gone = [row for row, entry in enumerate(known) if entry.id not in present]
     come = [group for entry, group in zip(entries, examples, strict=True) if entry.id not in past]
-    return previous.statistics.removing(gone, [previous.examples[row] for row in gone]).adding(come)
+    left = [previous.examples[row] for row in gone] if previous is not None else []
+    first, second = (
+        old.removing(gone, [half(group) for group in left]).adding([half(group) for group in come])
+        for old, half in zip(before, (whole, edges), strict=True)
+    )
+    return first, second
 
 
 def _lexicon(entries: tuple[Entry, ...], previous: Snapshot | None) -> Lexicon:

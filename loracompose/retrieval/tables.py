@@ -50,7 +50,7 @@ _CHUNK = 500  # row ids per query: SQLite limits the variables of a statement
 class Settings:
     """What an index was built with.
 
-    An example is stored as its embedding without and with the instruction, side by side: `width` numbers.
+    An example is stored as four embeddings side by side, `width` numbers: `embedding.features` says of what.
     `scoring` is how a search compares unless it says otherwise. `loadable` says that the encoder is a
     sentence-transformers model that its name is enough to load; `copies` that adapter folders are copied into the
     index. `epoch` counts how often everything was embedded anew.
@@ -68,7 +68,7 @@ class Settings:
     @property
     def width(self) -> int:
         """Numbers stored for one example."""
-        return 2 * self.dimension
+        return 4 * self.dimension
 
 
 @dataclass(frozen=True)

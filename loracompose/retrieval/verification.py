@@ -93,7 +93,7 @@ def _embeddings(catalog: Catalog, entry: Entry) -> Iterator[Problem]:
         yield Problem(name, f"{len(embeddings)} embeddings for {len(entry.card.examples)} examples", _REEMBED)
     elif not np.isfinite(embeddings).all():
         yield Problem(name, "an embedding is not finite", _REEMBED)
-    elif np.abs(np.linalg.norm(np.split(embeddings, 2, axis=1), axis=2) - 1).max() > 1e-3:
+    elif np.abs(np.linalg.norm(np.split(embeddings, 4, axis=1), axis=2) - 1).max() > 1e-3:
         yield Problem(name, "an embedding is not of norm 1", _REEMBED)
 
 

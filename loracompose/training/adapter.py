@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,9 +21,11 @@ from rich.progress import Progress as ProgressBar
 from loracompose import __version__
 from loracompose.models import DEFAULT_BASE, BaseModel, load_base
 from loracompose.training.batches import steps_per_epoch
+from loracompose.training.beam import BeamEvent, BeamLora
 from loracompose.training.data import Example, encode_examples, first_prompts, read_examples
 from loracompose.training.loop import Step, run_steps
 from loracompose.training.recipe import Recipe
+from loracompose.training.writing import write_folder
 
 Rows = Path | str | Iterable[Mapping[str, Any]]
 
@@ -42,7 +42,7 @@ class CardText:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training came to; losses are means over response tokens, in nats."""
+    """What a training came to; losses are means over response tokens, in nats; events are those of BeamLoRA."""
 
     output: Path
     steps: int
@@ -51,6 +51,7 @@ class TrainingReport:
     losses: tuple[float, ...]
     dev_losses: Mapping[int, float]
     seconds: float
+    events: tuple[BeamEvent, ...] = ()
 
     @property
     def dev_loss(self) -> float | None:
@@ -72,6 +73,8 @@ def train_adapter(
     on_step: Callable[[Step], None] | None = None,
 ) -> TrainingReport:
     """Train a LoRA on `{"prompt", "response"}` rows: the loss is on the response and its end token only.
+
+    With `recipe.beam` it is trained as BeamLoRA and written as the plain LoRA that this comes to.
 
     The folder appears when everything is done: PEFT weights in bfloat16, `card.json` and `training.json`.
     Until then a checkpoint lies beside it in `<output>.partial`; the same call continues from it, with the same
@@ -110,6 +113,9 @@ def train_adapter(
     steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch(len(examples), recipe.batch_size)))
     with _seeded(recipe.seed, loaded.device), ExitStack() as stack:
         model = _with_lora(loaded, recipe)
+        beam = _beam(model, recipe, steps)
+        if beam is not None:
+            stack.enter_context(beam.attached())
         done = run_steps(
             model,
             recipe,
@@ -120,7 +126,10 @@ def train_adapter(
             checkpoint=partial / "checkpoint.pt",
             identity=_identity(recipe, loaded, rows, dev_rows),
             on_step=_observers(on_step, stack.enter_context(_bar(target.name)) if progress else None),
+            method=beam,
         )
+    if beam is not None:
+        beam.fold()
     report = TrainingReport(
         output=target,
         steps=steps,
@@ -129,8 +138,9 @@ def train_adapter(
         losses=tuple(done.losses),
         dev_losses=dict(done.dev_losses),
         seconds=time.monotonic() - started,
+        events=() if beam is None else tuple(beam.events),
     )
-    _write_folder(model, target, _card(card or CardText(), rows), _record(report, recipe, loaded))
+    write_folder(model, target, _card(card or CardText(), rows), _record(report, recipe, loaded))
     shutil.rmtree(partial, ignore_errors=True)
     return report
 
@@ -151,6 +161,12 @@ def _with_lora(base: BaseModel, recipe: Recipe) -> PeftModel:
         base.model.set_attn_implementation("eager")  # a fifth faster than sdpa for short rows on a CPU
     # PEFT keeps the factors in float32 whatever the dtype of the base.
     return get_peft_model(base.model, config, autocast_adapter_dtype=True)
+
+
+def _beam(model: PeftModel, recipe: Recipe, steps: int) -> BeamLora | None:
+    if recipe.beam is None:
+        return None
+    return BeamLora(model, recipe.beam, steps=steps, learning_rate=recipe.learning_rate, seed=recipe.seed)
 
 
 @contextmanager
@@ -212,26 +228,6 @@ def _record(report: TrainingReport, recipe: Recipe, base: BaseModel) -> dict[str
         "seconds": round(report.seconds, 1),
         "losses": [round(loss, 5) for loss in report.losses],
         "dev_losses": {str(step): round(loss, 5) for step, loss in report.dev_losses.items()},
+        "events": [asdict(event) for event in report.events],
         "versions": {"loracompose": __version__, **{package: version(package) for package in packages}},
     }
-
-
-def _write_folder(model: PeftModel, target: Path, card: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
-        model.save_pretrained(aside, save_embedding_layers=False)
-        (aside / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; card.json is the card
-        for name, content in (("card.json", card), ("training.json", record)):
-            (aside / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for written in aside.iterdir():
-            written.chmod(0o644)
-            with written.open("rb") as stream:
-                os.fsync(stream.fileno())
-        aside.chmod(0o755)
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from loracompose.training.beam_settings import BeamSettings
+
 Schedule = Literal["cosine", "linear", "constant"]
 
 
@@ -31,6 +33,7 @@ class Recipe:
         dtype: of the frozen base; "auto" is bfloat16 on CUDA and float32 on a CPU. Factors train in float32.
         eval_every: steps between two measurements of the dev loss; 0 measures it at the end only.
         save_every: steps between two checkpoints.
+        beam: settings of BeamLoRA, if the adapter is trained so; None is plain LoRA.
 
     Raises:
         ValueError: a value is out of its range.
@@ -53,6 +56,7 @@ class Recipe:
     dtype: str = "auto"
     eval_every: int = 0
     save_every: int = 20
+    beam: BeamSettings | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))

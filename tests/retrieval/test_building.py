@@ -9,6 +9,7 @@ import pytest
 
 from loracompose import AdapterIndex, load_adapter
 from loracompose.retrieval.embedding import INSTRUCTION, CallableEmbedder
+from loracompose.retrieval.segments import closing, opening
 from tests.retrieval.material import TASKS, bag_of_words, hidden, make_adapter
 
 
@@ -186,7 +187,7 @@ def test_progress_shows_bars_and_changes_nothing(pool, tmp_path, embedder, capsy
     assert "embedding" in capsys.readouterr().out
 
 
-def test_examples_and_prompts_are_embedded_with_and_without_the_instruction(pool, tmp_path):
+def test_examples_and_prompts_are_embedded_whole_under_the_instruction_and_at_their_edges(pool, tmp_path):
     seen = []
 
     def watching(texts):
@@ -198,5 +199,6 @@ def test_examples_and_prompts_are_embedded_with_and_without_the_instruction(pool
         index.search(["hello"])
     texts = [text for text in seen if text != "dimension"]
     plain = [*(example for examples in TASKS.values() for example in examples), "hello"]
-    assert sorted(texts) == sorted(plain + [INSTRUCTION + text for text in plain])
+    views = [*plain, *(INSTRUCTION + text for text in plain), *map(opening, plain), *map(closing, plain)]
+    assert set(texts) == set(views)
     assert INSTRUCTION == "Represent the sentence for similar task retrieval: "

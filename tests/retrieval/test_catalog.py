@@ -20,8 +20,8 @@ def card(name, examples=("a", "b"), fingerprint="f"):
 
 
 def unit(rows=2, seed=0):
-    halves = np.random.default_rng(seed).normal(size=(rows, 2, 4)).astype(np.float32)
-    return (halves / np.linalg.norm(halves, axis=2, keepdims=True)).reshape(rows, 8)
+    views = np.random.default_rng(seed).normal(size=(rows, 4, 4)).astype(np.float32)
+    return (views / np.linalg.norm(views, axis=2, keepdims=True)).reshape(rows, 16)
 
 
 @pytest.fixture
@@ -180,9 +180,9 @@ def test_reading_holds_one_generation_while_another_process_writes(catalog):
     writer.close()
 
 
-@pytest.mark.parametrize("bad", [unit(3), unit(2)[:, :4], np.full((2, 8), np.nan, dtype=np.float32)])
+@pytest.mark.parametrize("bad", [unit(3), unit(2)[:, :4], np.full((2, 16), np.nan, dtype=np.float32)])
 def test_embeddings_that_do_not_fit_are_refused_and_change_nothing(catalog, bad):
-    with pytest.raises(ValueError, match=r"x: embeddings must be finite and \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"x: embeddings must be finite and \(2, 16\)"):
         catalog.add(card("x"), "x", bad)
     assert len(catalog) == 0
     assert catalog.generation == 0
@@ -266,7 +266,7 @@ def test_an_embedding_of_the_wrong_size_is_named(catalog):
     entry = catalog.add(card("x"), "x", unit())
     with sqlite3.connect(catalog.path) as other:
         other.execute("UPDATE examples SET embedding = x'00' WHERE position = 1")
-    with pytest.raises(ValueError, match="has 1 bytes, expected 32"):
+    with pytest.raises(ValueError, match="has 1 bytes, expected 64"):
         catalog.embeddings(entry.id)
 
 

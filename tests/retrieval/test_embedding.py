@@ -68,14 +68,14 @@ def test_a_name_is_a_sentence_transformers_model_that_is_not_loaded_yet():
     assert as_embedder(None).name == "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def test_the_representation_is_the_renormalised_mean_of_the_instructed_half():
-    rows = np.array([[7, 7, 1, 0], [7, 7, 0, 1], [7, 7, 0, 1]], dtype=np.float32)
+def test_the_representation_is_the_renormalised_mean_of_the_instructed_quarter():
+    rows = np.array([[7, 7, 1, 0, 7, 7, 7, 7], [7, 7, 0, 1, 7, 7, 7, 7], [7, 7, 0, 1, 7, 7, 7, 7]], dtype=np.float32)
     assert np.allclose(representation(rows, "x"), np.array([1, 2]) / np.sqrt(5))
 
 
 def test_examples_that_cancel_out_are_refused_by_name():
     with pytest.raises(ValueError, match="x: the embeddings of its examples are not finite or cancel out"):
-        representation(np.array([[1, 0, 1, 0], [1, 0, -1, 0]], dtype=np.float32), "x")
+        representation(np.array([[1, 0, 1, 0, 1, 0, 1, 0], [1, 0, -1, 0, 1, 0, 1, 0]], dtype=np.float32), "x")
 
 
 @pytest.mark.real

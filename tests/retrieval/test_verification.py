@@ -70,9 +70,9 @@ def test_a_lost_card_is_found(index, pool):
 @pytest.mark.parametrize(
     ("blob", "message"),
     [
-        (np.full(128, np.nan, dtype="<f4").tobytes(), "not finite"),
-        (np.ones(128, dtype="<f4").tobytes(), "not of norm 1"),
-        (b"1234", "has 4 bytes, expected 512"),
+        (np.full(256, np.nan, dtype="<f4").tobytes(), "not finite"),
+        (np.ones(256, dtype="<f4").tobytes(), "not of norm 1"),
+        (b"1234", "has 4 bytes, expected 1024"),
     ],
 )
 def test_a_broken_embedding_is_found_and_reembedding_mends_it(index, tmp_path, embedder, blob, message):

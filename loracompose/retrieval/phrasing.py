@@ -1,0 +1,101 @@
+"""How channels score prompts that are phrased anew: whole phrasings of every adapter are held out together.
+
+The examples of an adapter come from few templates. Holding one example out leaves others of its template behind, so
+it tells how well a channel knows a template again, and nothing about templates to come. Here the examples of each
+adapter are grouped by the wording they share, and group after group is held out of all adapters at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loracompose.retrieval.lexicon import Keys, Lexicon
+
+Floats = NDArray[np.float64]
+
+GROUPS = 4
+"""Phrasings of an adapter at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What is kept and what is held out of each adapter, as positions of its examples."""
+
+    kept: tuple[NDArray[np.int64], ...]
+    held: tuple[NDArray[np.int64], ...]
+
+    @property
+    def own(self) -> NDArray[np.int64]:
+        """The adapter of each held-out example, (queries,)."""
+        return np.repeat(np.arange(len(self.held)), [len(part) for part in self.held])
+
+
+def phrasing_folds(profiles: Sequence[Sequence[Keys]]) -> list[Fold]:
+    """Folds that hold out one phrasing of every adapter each; an adapter with a single example is always kept.
+
+    Args:
+        profiles: the n-grams of each example of each adapter, as in `Lexicon.profiles`.
+    """
+    groups = [phrasings(profile) for profile in profiles]
+    folds = []
+    for number in range(GROUPS):
+        held = tuple(np.flatnonzero(group == number) for group in groups)
+        if any(len(part) for part in held):
+            folds.append(Fold(tuple(np.flatnonzero(group != number) for group in groups), held))
+    return folds
+
+
+def phrasings(profile: Sequence[Keys]) -> NDArray[np.int64]:
+    """The phrasing of each example of one adapter, (examples,) in 0..GROUPS-1; -1 for an only example.
+
+    Average linkage on the overlap (Jaccard) of n-grams that at least two examples have: those of templates, not of
+    subjects.
+    """
+    from sklearn.cluster import AgglomerativeClustering  # here, for it takes a second and a search needs it not
+
+    count = len(profile)
+    if count < 2:
+        return np.full(count, -1)
+    often = Counter(key for keys in profile for key in keys.tolist())
+    shared = [{key for key in keys.tolist() if often[key] > 1} for keys in profile]
+    apart = np.array([[_distance(one, other) for other in shared] for one in shared])
+    clustering = AgglomerativeClustering(min(GROUPS, count), metric="precomputed", linkage="average")
+    return np.asarray(clustering.fit_predict(apart), dtype=np.int64)
+
+
+def held_out_scores(
+    folds: Sequence[Fold],
+    profiles: Sequence[Sequence[Keys]],
+    features: Sequence[NDArray[np.float32]],
+    meanings: Sequence[Callable[[Sequence[NDArray[np.float32]], NDArray[np.float32]], Floats]],
+) -> tuple[list[Floats], NDArray[np.int64]]:
+    """The scores of held-out examples by each channel of meaning and by the lexicon, each (queries, K); own columns.
+
+    Args:
+        folds: of `phrasing_folds`.
+        profiles: as there.
+        features: of the examples of each adapter, (examples, width).
+        meanings: channels: given the features kept of each adapter and those of queries, (queries, K).
+    """
+    scores: list[list[Floats]] = [[] for _ in range(len(meanings) + 1)]
+    for fold in folds:
+        kept = [group[part] for group, part in zip(features, fold.kept, strict=True)]
+        queries = np.concatenate([group[part] for group, part in zip(features, fold.held, strict=True)])
+        for channel, found in zip(meanings, scores, strict=False):
+            found.append(channel(kept, queries))
+        lexicon = Lexicon(tuple(tuple(p[i] for i in part) for p, part in zip(profiles, fold.kept, strict=True)))
+        texts = [p[i] for p, part in zip(profiles, fold.held, strict=True) for i in part]
+        scores[-1].append(np.stack([lexicon.scores(keys) for keys in texts]))
+    own = np.concatenate([fold.own for fold in folds]) if folds else np.zeros(0, dtype=np.int64)
+    empty = np.zeros((0, len(profiles)))
+    return [np.concatenate(found) if found else empty for found in scores], own
+
+
+def _distance(one: set[int], other: set[int]) -> float:
+    union = len(one | other)
+    return 1.0 - len(one & other) / union if union else 1.0

@@ -17,8 +17,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from loracompose.adapters.store import AdapterStore
 from loracompose.composers import Composer, get_composer
+from loracompose.composers.base import router_of
 from loracompose.composition.router import Router, load_router
 from loracompose.decoding import decoding_settings
+from loracompose.fitness import check_router
 from loracompose.lookup import look_up
 from loracompose.membership import AdapterSet, Row, from_hand, from_retrieval
 from loracompose.models import DEFAULT_BASE, BaseModel, open_base
@@ -83,8 +85,9 @@ class Engine:
             tokenizer: needed with a model already loaded whose name does not lead to one.
 
         Raises:
-            LookupError: a name that leads nowhere.
-            ValueError: an argument that would have no effect, such as a router for a composer that takes none.
+            LookupError: a name that leads nowhere, or a router for an adapter that the index does not have.
+            ValueError: an argument that would have no effect, such as a router for a composer that takes none, or a
+                router of another base.
             TypeError: a model that is no transformers model, such as one wrapped by PEFT.
         """
         learned = load_router(router) if isinstance(router, str | Path) else router
@@ -93,6 +96,8 @@ class Engine:
         if isinstance(index, str | Path):
             index = AdapterIndex.open(index)
             index.prepare()  # so that what is wrong with it is said now, not with the first prompt
+        if (runs := router_of(composer)) is not None:
+            check_router(runs, base, index)
         # Composed in float32 or better and rounded once, to the dtype of the model, when it is put on.
         precise = torch.promote_types(base.dtype, torch.float32)
         store = AdapterStore(max_bytes=STORE_BYTES, device=base.device, dtype=precise, base=base.model)
@@ -156,7 +161,8 @@ class Engine:
             prompts: strings or lists of chat messages; one string alone is one prompt.
             max_new_tokens: the longest answer in tokens; None leaves it to a `generation_config` or `max_length`.
             batch_size: prompts that run together; 32 if None.
-            composer: for this call; the engine's if None.
+            composer: for this call; the engine's if None. The name of one that learns takes the engine's router,
+                which must be of that method.
             k: adapters to retrieve for a prompt; the retriever's if None.
             adapters: sets given by hand instead of retrieval, one per prompt: `["a", "b"]` means 1/2 each,
                 `{"a": 0.7, "b": 0.3}` says the weights, `[]` is the base model. A member is a name in the index,
@@ -179,7 +185,7 @@ class Engine:
         if size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs)
-        chosen = self.composer if composer is None else get_composer(composer)
+        chosen = self._chosen(composer)
         rows, seconds = self._rows(asked, adapters, k, exclude, where)
         answers: list[Generation] = []
         starts = range(0, len(asked), size)
@@ -217,7 +223,7 @@ class Engine:
         stops = list(settings.pop("stopping_criteria", ()))
         sets = None if adapters is None else [adapters]
         rows, seconds = self._rows([prompt], sets, k, None if exclude is None else [exclude], where)
-        chosen = self.composer if composer is None else get_composer(composer)
+        chosen = self._chosen(composer)
         request = self._prepare([prompt], rows, chosen, seconds)
         inputs = encode_prompts(self.base.tokenizer, [prompt]).to(self.base.device)
 
@@ -227,6 +233,22 @@ class Engine:
                 self.base.model.generate(**inputs, **settings, streamer=streamer, stopping_criteria=criteria)
 
         return stream_pieces(run, self.base.tokenizer)
+
+    def _chosen(self, composer: str | Composer | None) -> Composer:
+        """The composer of one call."""
+        if composer is None:
+            return self.composer
+        router = router_of(self.composer)
+        if isinstance(composer, str) and router is not None and router.method == composer:
+            return get_composer(composer, router)
+        try:
+            return get_composer(composer)
+        except ValueError as error:  # it has learned nothing here
+            held = "has no router" if router is None else f"has a router of {router.method!r}"
+            raise ValueError(
+                f"{error}. This engine {held}: make one with Engine.from_pretrained(..., composer={composer!r}, "
+                "router=FOLDER), or pass the composer itself with its router"
+            ) from None
 
     def _rows(
         self,

@@ -10,6 +10,7 @@ import torch
 
 from loracompose.adapters.lora import Adapter
 from loracompose.composers import Composer
+from loracompose.composers.base import router_of
 from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.membership import AdapterRef, Row, weight_matrix
@@ -53,6 +54,9 @@ class Request:
             for who, _ in members
             if who.base_model and who.base_model != base_name
         ]
+        router = router_of(self.composer)
+        if router is not None and router.base_model != base_name:
+            notes.append(f"the {router.method} router names the base {router.base_model!r}, it runs on {base_name!r}")
         if never_ran and any(m.weight for _, m in members):
             notes.append(f"the model never called {', '.join(never_ran)}: updates of these modules had no effect")
         ordered = tuple(sorted(uses, key=lambda use: (-use.weight, -(use.score or 0.0))))
@@ -78,6 +82,9 @@ def prepare(
         composer: how to compose.
         timings: seconds spent so far.
         device: where the weights go.
+
+    Raises:
+        LookupError: the composer runs a router that was not trained for one of the adapters.
     """
     start = time.perf_counter()
     # An adapter given as an object stands for itself: its fingerprint is the caller's word, not checked content.
@@ -88,6 +95,8 @@ def prepare(
     place = {key: order.index(i) for i, key in enumerate(distinct)}
     column = {ref: place[key] for ref, key in keys.items()}
     weights = weight_matrix(rows, column, len(adapters)).to(device)  # (batch, K)
+    if (router := router_of(composer)) is not None:
+        router.check_serves({adapter.fingerprint: adapter.name for adapter in adapters})
     banks = gather_banks([adapters[i] for i in order])
     deltas = composer.compose(banks, weights) if banks else {}
     return Request(prompts, rows, composer, identities, deltas, {**timings, "compose": time.perf_counter() - start})

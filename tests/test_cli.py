@@ -229,3 +229,24 @@ def test_sampling_with_a_seed_is_repeatable(home):
 
 def test_the_version_is_told():
     assert run("--version").stdout.strip()
+
+
+def test_a_router_is_trained_and_answers_with_it(home, tmp_path):
+    names = ("french", "sql", "mood", "sums")
+    rows = [{"prompt": f"{name} {i}", "response": name, "task": name} for name in names for i in range(3)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    base, adapters = ("--base", home / "base"), ("--adapters", home / "index")
+    training = ("train", "router", data, *base, *adapters, "--method", "lora_flow", "--steps", "2", "--batch-size", "4")
+    options = ("--members", "retrieved", "-k", "2", "--adapter-dropout", "0.5", "--set", "task=sql")
+    report = read(*training, *options, "--dev", data, "-o", tmp_path / "flow")
+    assert report["steps"] == len(report["losses"]) == 2
+    assert report["dev_loss"] == report["dev_losses"]["2"]
+    asked = ("generate", QUESTION, *base, "--index", home / "index", "--max-new-tokens", "2")
+    learned = ("--composer", "lora_flow", "--router", tmp_path / "flow")
+    assert report["fingerprint"][:12] in read(*asked, *learned)[0]["composer"]
+    assert "temperature=0.5" in read(*asked, *learned, "--set", "temperature=0.5")[0]["composer"]
+    assert "give it a router" in run(*asked, "--composer", "lora_flow", status=2).stderr
+    assert "learns nothing" in run(*training, "--method", "mixture", "-o", tmp_path / "m", status=2).stderr
+    assert "has no setting tsk" in run(*training, "--set", "tsk=1", "-o", tmp_path / "m", status=2).stderr
+    told = run(*training, "-o", tmp_path / "again").stdout
+    assert "2 steps on 12 examples" in " ".join(told.split())

@@ -17,6 +17,7 @@ def compose(
     index: options.Index = None,
     composer: options.ComposerName = "mixture",
     settings: options.Settings = None,
+    router: options.Router = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -28,7 +29,7 @@ def compose(
     folders = [opened.path(name) if opened is not None and name in opened else Path(name) for name in adapters]
     given = options.parse_weights(weights) if weights else None
     loaded = [load_adapter(folder) for folder in folders]
-    merged = merge(loaded, given, composer=options.parse_composer(composer, settings))
+    merged = merge(loaded, given, composer=options.parse_composer(composer, settings, router))
     save_adapter(merged, output, overwrite=overwrite)
     written = load_adapter(output)  # read back: the identity reported is that of the files
     recipe = dict(merged.recipe or {})

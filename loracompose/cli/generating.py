@@ -23,6 +23,7 @@ def generate(
     base: options.Base = DEFAULT_BASE,
     composer: options.ComposerName = "mixture",
     settings: options.Settings = None,
+    router: options.Router = None,
     k: Annotated[int | None, typer.Option("-k", help="Adapters to retrieve for a prompt; 3 if not given.")] = None,
     adapters: Annotated[
         str | None, typer.Option(help='One set for all prompts instead of retrieval: "a,b" or "a=0.7,b=0.3" or "".')
@@ -46,9 +47,8 @@ def generate(
     asked: list[Any] = [*(prompts or []), *(read_prompts(file) if file else [])]
     if not asked:
         raise ValueError("there is no prompt: pass prompts as arguments or a JSONL file with --file")
-    engine = Engine.from_pretrained(
-        base, index=index, composer=options.parse_composer(composer, settings), device=device, dtype=dtype
-    )
+    chosen = options.parse_composer(composer, settings, router)
+    engine = Engine.from_pretrained(base, index=index, composer=chosen, device=device, dtype=dtype)
     given = None if adapters is None else options.parse_set(adapters)
     decoding = decoding_settings(beams, sample, temperature, seed)
     if stream:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,7 @@ ComposerName = Annotated[str, typer.Option("--composer", "-c", help="How to comp
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A hyper-parameter of the composer, such as k=16; may be repeated.")
 ]
+Router = Annotated[Path | None, typer.Option(help="Folder of what the composer has learned, for one that learns.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
@@ -25,28 +27,42 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def parse_composer(name: str, settings: list[str] | None) -> Composer:
-    """A composer from its name and `key=value` settings.
+def parse_composer(name: str, settings: list[str] | None, router: Path | None = None) -> Composer:
+    """A composer from its name, `key=value` settings and the folder of what it has learned.
 
     Raises:
         LookupError: no composer of that name.
-        ValueError: a setting that the composer does not have.
+        ValueError: a setting that the composer does not have, or a router where none is needed or none where one is.
     """
-    from loracompose.composers import COMPOSERS, get_composer
+    from loracompose.composers import get_composer
+    from loracompose.composition.router import load_router
 
-    if not settings:
-        return get_composer(name)
-    kind = type(get_composer(name))
-    known: list[str] = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    made = get_composer(name, None if router is None else load_router(router))
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(made) if dataclasses.is_dataclass(made) else ()
+    known = [field.name for field in fields if field.name != "router"]
+    values = parse_settings(settings, known, f"composer {name!r}")
+    return dataclasses.replace(made, **values) if values else made  # type: ignore[type-var]
+
+
+def parse_settings(settings: list[str] | None, known: Collection[str] | None, owner: str) -> dict[str, object]:
+    """Values by name from `key=value` texts.
+
+    Args:
+        settings: the texts.
+        known: the names there are; None leaves the check to the owner.
+        owner: for the message.
+
+    Raises:
+        ValueError: no `key=value`, or a key that is not known.
+    """
     values = {}
-    for setting in settings:
+    for setting in settings or []:
         key, equals, text = setting.partition("=")
-        if not equals or key not in known:
-            raise ValueError(
-                f"--set {setting}: composer {name!r} has {', '.join(known) or 'no settings'}; write key=value"
-            )
+        if not equals or (known is not None and key not in known):
+            has = "" if known is None else f"{owner} has {', '.join(known) or 'no settings'}; "
+            raise ValueError(f"--set {setting}: {has}write key=value")
         values[key] = parse_value(text)
-    return COMPOSERS[name](**values)
+    return values
 
 
 def parse_value(text: str) -> object:

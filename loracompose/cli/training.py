@@ -1,4 +1,4 @@
-"""loracompose train adapter."""
+"""loracompose train: adapter, and router beside it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from loracompose.cli import options, tables
 from loracompose.cli.errors import Commands
 from loracompose.cli.options import DEFAULT_BASE
 from loracompose.cli.quiet import quiet_loading
+from loracompose.cli.router_training import router
 
 if TYPE_CHECKING:
     from loracompose.training.beam_settings import BeamSettings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Method = Literal["lora", "beam"]
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Train what an index needs.")
+app.command()(router)
 
 
 @app.callback()

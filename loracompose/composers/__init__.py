@@ -10,11 +10,13 @@ from torch import Tensor
 from loracompose.adapters.lora import Adapter
 from loracompose.composers.arrow import Arrow
 from loracompose.composers.base import Composer
+from loracompose.composers.cat import Cat
 from loracompose.composers.dare import Dare, DareTies
 from loracompose.composers.fusion import Fusion
 from loracompose.composers.knots import Knots
 from loracompose.composers.lego import Lego
 from loracompose.composers.linear import Linear
+from loracompose.composers.lora_flow import LoraFlow
 from loracompose.composers.lorahub import LoraHub
 from loracompose.composers.magnitude_prune import MagnitudePrune
 from loracompose.composers.merge import merge_adapters
@@ -41,6 +43,8 @@ COMPOSERS: Mapping[str, type[Composer]] = MappingProxyType(
             LoraHub,
             Arrow,
             RankGating,
+            LoraFlow,
+            Cat,
         )
     }
 )

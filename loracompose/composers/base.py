@@ -57,7 +57,8 @@ class LearnedComposer(Composer, Protocol):
     """A composer whose gates are learned: what it learned is its router, which training replaces step by step.
 
     Training runs `compose` on the bank of a pool with the parameters as the router's tensors, so the gates that are
-    trained are those that run later.
+    trained are those that run later. A method whose paper trains other gates than it runs has a class method
+    `training(router)` beside these: the composer that training runs instead.
 
     Attributes:
         router: what it learned; of the composer's own method.
@@ -95,6 +96,12 @@ class LearnedComposer(Composer, Protocol):
     def after_step(self, scratch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """New values of `untrained` tensors, from what the gates noted in the pass of the step just made."""
         ...
+
+
+def router_of(composer: Composer) -> Router | None:
+    """What a composer has learned; None if it learns nothing."""
+    router = getattr(composer, "router", None)
+    return router if isinstance(router, Router) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from loracompose.adapters.lora import Adapter, LoraFactors
-from loracompose.composers.base import Composer
+from loracompose.composers.base import Composer, router_of
 from loracompose.composition.bank import RankBank, content_order, gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.linalg import frobenius
+from loracompose.composition.router import Router
 
 
 def merge_adapters(
@@ -27,6 +28,7 @@ def merge_adapters(
     Raises:
         ValueError: the composer gates (its multipliers depend on the input, so no plain LoRA equals it), the
             weights are not K finite numbers, or the composition is empty or not finite.
+        LookupError: the composer runs a router that was not trained for one of the adapters.
     """
     if composer.scope != "static":
         raise ValueError(
@@ -36,6 +38,8 @@ def merge_adapters(
     w = checked_weights(weights, adapters)
     order = content_order(adapters)
     adapters, w = [adapters[i] for i in order], w[:, order]
+    if (router := router_of(composer)) is not None:
+        router.check_serves({adapter.fingerprint: adapter.name for adapter in adapters})
     banks = gather_banks(adapters)
     try:
         deltas = composer.compose(banks, w)
@@ -127,7 +131,7 @@ def describe(composer: Composer, adapters: Sequence[Adapter], weights: Tensor, e
     return {
         "method": composer.name,
         "source": composer.source,
-        "hyper_parameters": {f.name: getattr(composer, f.name) for f in fields},
+        "hyper_parameters": {f.name: recorded(getattr(composer, f.name)) for f in fields},
         "composer": repr(composer),
         "sources": [
             {"name": adapter.name, "fingerprint": adapter.fingerprint, "weight": weight}
@@ -135,3 +139,10 @@ def describe(composer: Composer, adapters: Sequence[Adapter], weights: Tensor, e
         ],
         "relative_error": error,
     }
+
+
+def recorded(value: Any) -> Any:
+    """A hyper-parameter as JSON; of a router, which one it is."""
+    if isinstance(value, Router):
+        return {"method": value.method, "fingerprint": value.fingerprint, "settings": dict(value.settings)}
+    return value

@@ -17,8 +17,10 @@ class GateContext:
     Attributes:
         module: path of the module that is running.
         layer_input: input of the enclosing transformer layer before its norm, (batch, seq, hidden);
-            captured only for gates that set `needs_layer_input`.
-        attention_mask: the mask given to the model, (batch, total_seq), 1 for real tokens; None if none was.
+            captured only for gates that set `needs_layer_input`. For the keys and values of cross-attention, which read
+            the encoder's tokens, the encoder's states: they are then the module's own input.
+        attention_mask: the mask of the tokens that the module reads, (batch, total_seq), 1 for real ones, as it was
+            given to the model, or to its encoder or decoder; None if none was.
         prompt_mask: (batch, seq), True for the tokens of the prompts, where a call holds prompts and answers
             (training); None where it does not.
         memory: this request's own store; what a gate writes at prefill it finds again at every decoding step.
@@ -41,6 +43,20 @@ class GateContext:
     def prompt(self, seq: int) -> Tensor | None:
         """Which of the `seq` tokens of the first call belong to the prompt, (batch, seq) bool; None if all do."""
         return self.valid(seq) if self.prompt_mask is None else self.prompt_mask
+
+
+def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the entries of the last axis where the mask is True; 0 elsewhere, also where none is.
+
+    A softmax of nothing but -inf is nan, and so is its gradient: thrown away or not, anomaly detection stops at it.
+
+    Args:
+        logits: (..., K).
+        mask: broadcastable to (..., K), bool.
+    """
+    some = mask.any(dim=-1, keepdim=True)
+    open_ = mask | ~some  # a row of nobody is computed over everybody, and dropped
+    return logits.masked_fill(~open_, -torch.inf).softmax(dim=-1).masked_fill(~mask, 0.0)
 
 
 def once(store: dict[str, Tensor], key: str, decide: Callable[[], Tensor]) -> Tensor:

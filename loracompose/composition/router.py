@@ -75,14 +75,30 @@ class Router:
         if self.adapters is None:
             raise LookupError(f"the {self.method} router serves any adapter and counts none")
         places = {adapter.fingerprint: place for place, adapter in enumerate(self.adapters)}
-        unknown = [fingerprint for fingerprint in fingerprints if fingerprint not in places]
-        if unknown:
-            names = ", ".join(adapter.name for adapter in self.adapters)
-            raise LookupError(
-                f"the {self.method} router was not trained for the adapter of fingerprint {unknown[0][:12]}; it knows "
-                f"{names}. Train it again with this adapter, or exclude the adapter"
-            )
+        for fingerprint in fingerprints:
+            if fingerprint not in places:
+                raise self._stranger(f"the adapter of fingerprint {fingerprint[:12]}")
         return [places[fingerprint] for fingerprint in fingerprints]
+
+    def check_serves(self, adapters: Mapping[str, str]) -> None:
+        """Refuse adapters, given as fingerprint -> name, that the router was not trained for.
+
+        Raises:
+            LookupError: one of them, by its name.
+        """
+        if self.adapters is None:
+            return
+        known = {adapter.fingerprint for adapter in self.adapters}
+        for fingerprint, name in adapters.items():
+            if fingerprint not in known:
+                raise self._stranger(f"the adapter {name!r} (fingerprint {fingerprint[:12]})")
+
+    def _stranger(self, who: str) -> LookupError:
+        names = ", ".join(adapter.name for adapter in self.adapters or ())
+        return LookupError(
+            f"the {self.method} router was not trained for {who}; it knows {names}. Train it again with this adapter, "
+            "or exclude the adapter"
+        )
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         """The tensor of that name.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import TypeGuard
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from loracompose.composition.router import Router
 
 
 def check_count(owner: str, name: str, value: object, *, least: int = 1, optional: bool = False) -> None:
@@ -31,3 +34,27 @@ def check_count(owner: str, name: str, value: object, *, least: int = 1, optiona
 def is_finite(value: object) -> TypeGuard[float]:
     """Whether a field holds an ordinary number: an int or a float, neither True nor nan nor infinite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def check_router(owner: str, method: str, router: object) -> None:
+    """Refuse what is no router of a method.
+
+    Raises:
+        TypeError: no router at all.
+        ValueError: another method's.
+    """
+    if not isinstance(router, Router):
+        raise TypeError(f"{owner}: router must be a Router, as load_router reads it, got {router!r}")
+    if router.method != method:
+        raise ValueError(f"{owner}: {router!r} belongs to the composer {router.method!r}, not to {method!r}")
+
+
+def filled(owner: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a router with the defaults of those left out.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if unknown := sorted(set(settings) - set(defaults)):
+        raise ValueError(f"{owner} has no setting {', '.join(unknown)}; it has {', '.join(defaults)}")
+    return {**defaults, **settings}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext
@@ -32,7 +33,8 @@ def attach(
         deltas: module path -> delta; the rows of a batch given to the model are the rows of the deltas, or
             each row several times in a row as `generate` lays out beams and return sequences.
         prompt_mask: (batch, seq) bool, the tokens that belong to the prompts, for a model that is given prompts and
-            answers at once; None where its first call gets the prompts alone, as in `generate`.
+            answers at once; None where its first call gets the prompts alone, as in `generate`. An encoder-decoder's
+            are the tokens of its encoder; of what its decoder reads, the token it starts from counts as prompt.
 
     Yields:
         The attachment, which knows afterwards which deltas never ran.
@@ -48,7 +50,8 @@ def attach(
     with ExitStack() as hooks:
         operators = {path: RowOperator(on_module(delta, modules[path])) for path, delta in deltas.items()}
         if any(deltas[path].gate is not None for path in deltas):
-            hooks.callback(model.register_forward_pre_hook(request.start_pass, with_kwargs=True).remove)
+            for part, start in request.starts(model):
+                hooks.callback(part.register_forward_pre_hook(start, with_kwargs=True).remove)
         for layer in sorted({layer_of(p) for p, op in operators.items() if op.gate_needs_layer_input}):
             hook = resolve(model, layer).register_forward_pre_hook(request.layer_hook(layer), with_kwargs=True)
             hooks.callback(hook.remove)
@@ -69,13 +72,22 @@ def model_lock(model: nn.Module) -> threading.Lock:
         return _LOCKS.setdefault(model, threading.Lock())
 
 
+@dataclass(frozen=True, eq=False)
+class Side:
+    """What is known of the tokens that a part of the model reads: its encoder's, its decoder's, or all."""
+
+    mask: Tensor | None = None
+    prompt_mask: Tensor | None = None
+
+
 class Attachment:
     """Deltas on a model: what has run, and what gates may know; lives as long as one `attach`."""
 
     def __init__(self, deltas: Iterable[str], prompt_mask: Tensor | None = None) -> None:
         self._never_ran = dict.fromkeys(deltas)
         self._prompt_mask = prompt_mask
-        self._mask: Tensor | None = None
+        self._side, self._encoder_side = Side(), Side()
+        self._encoder_states: Tensor | None = None
         self._layer_input: dict[str, Tensor] = {}
         self._memory: dict[str, Tensor] = {}
         self._scratch: dict[str, Tensor] = {}
@@ -90,10 +102,29 @@ class Attachment:
         """What the gates left of the last forward pass, see `GateContext.scratch`."""
         return self._scratch
 
+    def starts(self, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+        """The parts of a model at which a pass begins, each with its pre-hook."""
+        yield model, self.start_pass
+        if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:
+            yield model.get_encoder(), self.start_pass  # `generate` calls it by itself
+            yield model.get_decoder(), self.start_decoder
+
     def start_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember the attention mask of this forward pass and forget what gates noted in the last one."""
-        self._mask = kwargs.get("attention_mask")
+        self._side = Side(kwargs.get("attention_mask"), self._prompt_mask)
+        self._encoder_states = None
         self._scratch.clear()
+
+    def start_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The decoder's tokens follow; the encoder's are still read by the keys and values of cross-attention."""
+        self._encoder_states = kwargs.get("encoder_hidden_states")
+        self._encoder_side = Side(kwargs.get("encoder_attention_mask"), self._prompt_mask)
+        starts = None
+        if self._prompt_mask is not None:
+            read = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+            starts = torch.zeros(read.shape[:2], dtype=torch.bool, device=read.device)
+            starts[:, 0] = True
+        self._side = Side(kwargs.get("attention_mask"), starts)
 
     def layer_hook(self, layer: str) -> Any:
         """A pre-hook that remembers the hidden states entering a layer."""
@@ -115,12 +146,15 @@ class Attachment:
                     f"{path}: its output has shape {tuple(output.shape)}, expected (batch, seq, width); a module that "
                     "flattens rows and tokens cannot run one composition per row"
                 )
-            context = GateContext(
-                path, self._layer_input.get(layer), self._mask, self._prompt_mask, self._memory, self._scratch
-            )
-            return output + operator(x, context)
+            return output + operator(x, self._context(path, layer, x))
 
         return hook
+
+    def _context(self, path: str, layer: str, x: Tensor) -> GateContext:
+        side, layer_input = self._side, self._layer_input.get(layer)
+        if x is self._encoder_states:  # which no layer of the decoder has as its input
+            side, layer_input = self._encoder_side, None if layer_input is None else x
+        return GateContext(path, layer_input, side.mask, side.prompt_mask, self._memory, self._scratch)
 
 
 def resolve(model: nn.Module, path: str) -> nn.Module:

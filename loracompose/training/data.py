@@ -15,10 +15,11 @@ from loracompose.prompts import Prompt, chat_text, has_chat_template, user_text
 
 @dataclass(frozen=True)
 class Example:
-    """One row: a prompt (a string or chat messages) and the response to learn."""
+    """One row: a prompt (a string or chat messages), the response to learn, and the task it is of, "" if unsaid."""
 
     prompt: Prompt
     response: str
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class EncodedExample:
 
 
 def read_examples(data: Path | str | Iterable[Mapping[str, Any]]) -> tuple[Example, ...]:
-    """The examples of a JSONL file with the fields `prompt` and `response`, or of such rows; other fields are ignored.
+    """The examples of a JSONL file with the fields `prompt`, `response` and, if there is one, `task`, or of such rows.
+
+    Other fields are ignored.
 
     Raises:
         ValueError: a row is not of this form (the message names file and line), or there is none.
@@ -113,4 +116,4 @@ def _example(row: Any, place: str) -> Example:
         raise ValueError(f"{place}: {error}") from error
     if not text.strip():
         raise ValueError(f"{place}: the prompt is empty")
-    return Example(row["prompt"], row["response"])
+    return Example(row["prompt"], row["response"], str(row.get("task") or ""))

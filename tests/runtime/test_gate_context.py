@@ -48,6 +48,79 @@ def test_a_gate_is_told_its_module_and_the_mask_given_to_the_model(on: str):
         assert gate.moved_to == [torch.float64]
 
 
+def sides(*modules: str) -> tuple[dict[str, LowRankDelta], dict[str, Recorder]]:
+    """A recording gate on modules of T5."""
+    gates = {module: Recorder(needs_layer_input=True) for module in modules}
+    deltas = {}
+    for module, gate in gates.items():
+        kind, d_in, d_out = laws.shapes("t5")[module]
+        plain = random_delta(d_in, d_out, weights=torch.ones(2, 5).double())
+        deltas[module] = LowRankDelta(plain.A, plain.B, plain.weights, gate, kind)
+    return deltas, gates
+
+
+ENCODER, OWN, CROSS, QUERY = (
+    "encoder.block.1.layer.0.SelfAttention.k",
+    "decoder.block.0.layer.0.SelfAttention.k",
+    "decoder.block.0.layer.1.EncDecAttention.k",
+    "decoder.block.0.layer.1.EncDecAttention.q",
+)
+
+
+def test_in_generate_the_gates_of_an_encoder_see_its_mask_and_a_clean_scratch():
+    deltas, gates = sides(ENCODER, OWN, CROSS)
+    inputs = laws.padded(laws.prompts((5, 2)))
+    notes: list[int] = []
+
+    class Noting(Recorder):
+        def __call__(self, x: Tensor, h: Tensor, w: Tensor, context: Any) -> Tensor:
+            notes.append(len(context.scratch))
+            context.scratch[context.module] = x
+            return super().__call__(x, h, w, context)
+
+    deltas[ENCODER] = LowRankDelta(*(getattr(deltas[ENCODER], n) for n in ("A", "B", "weights")), Noting())
+    with attach(laws.base("t5"), deltas) as attached:
+        for _ in range(2):
+            laws.base("t5").generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+        assert ENCODER not in attached.scratch
+    assert notes == [0, 0]
+    noted = deltas[ENCODER].gate
+    assert isinstance(noted, Noting)
+    assert all(torch.equal(context.attention_mask, inputs["attention_mask"]) for context in noted.seen)
+    assert all(torch.equal(context.attention_mask, inputs["attention_mask"]) for context in gates[CROSS].seen)
+
+
+def test_each_module_of_an_encoder_decoder_sees_the_tokens_that_it_reads():
+    deltas, gates = sides(ENCODER, OWN, CROSS, QUERY)
+    inputs, decoder = laws.padded(laws.prompts((5, 2))), torch.tensor([[0, 7, 8], [0, 9, 2]])
+    prompt = inputs["attention_mask"] != 0
+    own_mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with attach(laws.base("t5"), deltas, prompt):
+        run("t5", inputs, decoder_input_ids=decoder, decoder_attention_mask=own_mask)
+    for module in (ENCODER, CROSS):
+        (context,) = gates[module].seen
+        assert context.prompt_mask is prompt
+        assert torch.equal(context.valid(5), prompt)
+        assert context.layer_input.shape == (2, 5, 32)
+    for module in (OWN, QUERY):
+        (context,) = gates[module].seen
+        assert context.prompt(3).tolist() == [[True, False, False]] * 2
+        assert torch.equal(context.valid(3), own_mask != 0)
+        assert context.layer_input.shape == (2, 3, 32)
+    assert torch.equal(gates[OWN].seen[0].layer_input, gates[QUERY].seen[0].layer_input)
+
+
+def test_an_encoder_read_by_a_decoder_of_as_many_tokens_is_not_taken_for_it():
+    deltas, gates = sides(CROSS, QUERY)
+    inputs = laws.padded(laws.prompts((4, 2)))
+    with attach(laws.base("t5"), deltas):
+        run("t5", inputs, decoder_input_ids=torch.tensor([[0, 7, 8, 9]] * 2))
+    (cross,), (query,) = gates[CROSS].seen, gates[QUERY].seen
+    assert query.attention_mask is None
+    assert torch.equal(cross.attention_mask, inputs["attention_mask"])
+    assert not torch.equal(cross.layer_input, query.layer_input)
+
+
 def test_without_a_mask_there_is_none():
     gate = Recorder()
     with attach(laws.base("llama"), gated("llama", [gate])):

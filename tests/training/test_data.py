@@ -15,9 +15,10 @@ GOOD = {"prompt": "ab", "response": "c"}
 
 def test_rows_are_read_from_a_file_or_taken_as_they_are(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({**GOOD, "task": "ignored"}) + "\n\n" + json.dumps(GOOD) + "\n")
+    file.write_text(json.dumps({**GOOD, "note": "ignored"}) + "\n\n" + json.dumps(GOOD) + "\n")
     assert read_examples(file) == read_examples(str(file)) == read_examples([GOOD, GOOD])
     assert read_examples([GOOD]) == (Example("ab", "c"),)
+    assert read_examples([{**GOOD, "task": "letters"}]) == (Example("ab", "c", "letters"),)
 
 
 @pytest.mark.parametrize(

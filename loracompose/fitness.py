@@ -1,0 +1,42 @@
+"""Does a router fit the base and the index it is to run with: said when an engine is made, not at a first prompt."""
+
+from __future__ import annotations
+
+from loracompose.composition.router import Router
+from loracompose.models import BaseModel
+from loracompose.retrieval.index import AdapterIndex
+
+
+def check_router(router: Router, base: BaseModel, index: AdapterIndex | None) -> None:
+    """Refuse a router that was trained for another base or for adapters that are gone.
+
+    As with adapters, layers and widths decide whether a base fits; another name alone is noted in the trace. The shapes
+    of the tensors themselves are held against the adapters of each request.
+
+    Raises:
+        ValueError: it was trained on a base of other layers or width.
+        LookupError: the index has no adapter of the content that it was trained for.
+    """
+    config = base.model.config.get_text_config()
+    trained, here = router.training.get("base"), {"hidden": config.hidden_size, "layers": config.num_hidden_layers}
+    if trained is not None and dict(trained) != here:
+        raise ValueError(
+            f"{router!r} was trained on {router.base_model!r} ({_size(trained)}); this base is {base.name!r} "
+            f"({_size(here)}): train a router for it"
+        )
+    if index is None or router.adapters is None:
+        return
+    there = {card.fingerprint: card.name for card in index.cards}
+    gone = [adapter for adapter in router.adapters if adapter.fingerprint not in there]
+    if gone:
+        names = set(there.values())
+        changed = "another adapter of that name is there" if gone[0].name in names else "it is not there"
+        more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
+        raise LookupError(
+            f"{router!r} was trained for the adapter {gone[0].name!r} (fingerprint {gone[0].fingerprint[:12]}), which "
+            f"the index does not have: {changed}{more}. Add it to the index, or train the router again"
+        )
+
+
+def _size(base: dict[str, int]) -> str:
+    return f"{base['layers']} layers of width {base['hidden']}"

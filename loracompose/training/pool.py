@@ -1,0 +1,99 @@
+"""The pool that a router is trained with: adapters from an index, from folders or as they are, for one base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loracompose.adapters.checkpoint import load_adapter
+from loracompose.adapters.lora import Adapter
+from loracompose.composers.base import Pool
+from loracompose.composition.bank import content_order, gather_banks
+from loracompose.models import BaseModel
+from loracompose.retrieval.building import CATALOG_FILE
+from loracompose.retrieval.index import AdapterIndex
+
+Adapters = AdapterIndex | str | Path | Sequence[str | Path | Adapter]
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedPool:
+    """A pool, and the index that finds its adapters if there is one."""
+
+    pool: Pool
+    index: AdapterIndex | None
+
+
+@contextmanager
+def open_pool(adapters: Adapters, base: BaseModel) -> Iterator[LoadedPool]:
+    """Load adapters in float32 where the base is, sorted by content; an index opened for it is closed behind it.
+
+    Args:
+        adapters: an open index or its folder, a folder of adapter folders, or folders and adapters one by one.
+        base: the base they must fit.
+
+    Raises:
+        FileNotFoundError: a folder that holds no adapter.
+        ValueError: no adapter, one that does not fit the base, two of one name, or one that stands twice.
+    """
+    if isinstance(adapters, str | Path) and (Path(adapters) / CATALOG_FILE).is_file():
+        with AdapterIndex.open(adapters) as index:
+            yield _load(named(index), index, base)
+    elif isinstance(adapters, AdapterIndex):
+        yield _load(named(adapters), adapters, base)
+    else:
+        yield _load(listed(adapters), None, base)
+
+
+def _load(sources: Sequence[Path | Adapter], index: AdapterIndex | None, base: BaseModel) -> LoadedPool:
+    loaded = [
+        source
+        if isinstance(source, Adapter)
+        else load_adapter(source, base=base.model, dtype=torch.float32, device=base.device)
+        for source in sources
+    ]
+    check_distinct(loaded)
+    ordered = [loaded[i].to(base.device, torch.float32) for i in content_order(loaded)]
+    hidden = int(base.model.config.get_text_config().hidden_size)
+    names = tuple(adapter.name for adapter in ordered)
+    return LoadedPool(Pool(base.name, hidden, names, gather_banks(ordered)), index)
+
+
+def named(index: AdapterIndex) -> list[Path | Adapter]:
+    """The folders of an index's adapters."""
+    return [index.path(card.name) for card in index.cards]
+
+
+def listed(adapters: str | Path | Sequence[str | Path | Adapter]) -> list[Path | Adapter]:
+    """Adapters one by one; a folder that is no adapter stands for those in it."""
+    if not isinstance(adapters, str | Path):
+        return [adapter if isinstance(adapter, Adapter) else Path(adapter) for adapter in adapters]
+    home = Path(adapters)
+    if (home / CONFIG_FILE).is_file():
+        return [home]
+    found = sorted(config.parent for config in home.glob(f"*/{CONFIG_FILE}"))
+    if not found:
+        raise FileNotFoundError(f"{home} is no index, and no folder in it holds an adapter ({CONFIG_FILE})")
+    return list(found)
+
+
+def check_distinct(adapters: Sequence[Adapter]) -> None:
+    """Refuse a pool of nothing, and one in which two adapters cannot be told apart.
+
+    Raises:
+        ValueError: it is such a pool.
+    """
+    if not adapters:
+        raise ValueError("a router needs adapters to choose from, got none")
+    seen: dict[str, str] = {}
+    for adapter in adapters:
+        if adapter.name in seen.values():
+            raise ValueError(f"two adapters of the pool are named {adapter.name!r}")
+        if adapter.fingerprint in seen:
+            raise ValueError(f"adapters {seen[adapter.fingerprint]!r} and {adapter.name!r} are the same; leave one out")
+        seen[adapter.fingerprint] = adapter.name

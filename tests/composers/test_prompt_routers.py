@@ -21,6 +21,7 @@ from loracompose.composition.prompt_gates import fit_rows, settle
 from loracompose.composition.router import Router
 from loracompose.runtime.attach import attach
 from tests import laws
+from tests.composers import two_layers
 
 ROWS = laws.BATCH[:5]
 PROMPT_GATES = [setting for name in ("mole", "milora") for setting in laws.ROWS[name].settings]
@@ -88,6 +89,16 @@ def test_before_the_prompts_have_run_nothing_can_be_settled_nor_can_gates_of_tok
     by_token = laws.compose_rows(Phatgoose(laws.learned(Phatgoose)), laws.hostile_adapters(), ROWS)
     with pytest.raises(ValueError, match="PhatgooseGate decides by token"):
         settle(by_token, {})
+
+
+@pytest.mark.parametrize("kind", [Mole, Milora, Phatgoose])
+def test_some_of_the_routers_adapters_alone_are_what_they_are_among_all(kind: type[Any]):
+    composer, chosen = kind(two_layers.learned(kind)), two_layers.adapters()
+    among = two_layers.composed(composer, [(0.0, 1.0, 0.0, 1.0)] * two_layers.BATCH)
+    alone = two_layers.composed(composer, [(1.0, 1.0)] * two_layers.BATCH, [chosen[1], chosen[3]])
+    want, got = (two_layers.run(deltas, two_layers.inputs()) for deltas in (among, alone))
+    assert got
+    assert all(torch.allclose(got[path], want[path], atol=1e-12) for path in got)
 
 
 def test_rows_of_a_decision_are_repeated_or_thinned_out_and_refused_otherwise():

@@ -28,7 +28,10 @@ from loracompose.composers.linear import Linear
 from loracompose.composers.lora_flow import LoraFlow
 from loracompose.composers.lorahub import LoraHub
 from loracompose.composers.magnitude_prune import MagnitudePrune
+from loracompose.composers.milora import Milora
 from loracompose.composers.mixture import Mixture
+from loracompose.composers.mole import Mole
+from loracompose.composers.phatgoose import Phatgoose
 from loracompose.composers.rank_gating import RankGating
 from loracompose.composers.selection import Selection
 from loracompose.composers.ties import Ties
@@ -133,6 +136,12 @@ def learned(kind: type[LearnedComposer], spread: float = 0.5, **settings: Any) -
         for name, tensor in start.tensors.items()
     }
     return replace(start, tensors=noisy)
+
+
+def blank(kind: type[LearnedComposer], **settings: Any) -> Router:
+    """A router of `everyone` whose tensors are zero: it prefers nobody."""
+    start = kind.initial(everyone(), 0, settings)
+    return replace(start, tensors={name: torch.zeros_like(tensor) for name, tensor in start.tensors.items()})
 
 
 def serving(composer: Composer, instead: Sequence[tuple[Adapter, Adapter]]) -> Composer:
@@ -306,6 +315,32 @@ ROWS: Mapping[str, Row] = {
         weighted_sum=Case(Cat(EVEN), PAIR),
         no_weighted_sum=Case(Cat(learned(Cat)), PAIR),
     ),
+    "mole": Row(
+        settings=(Mole(learned(Mole)), *(Mole(learned(Mole, granularity=g)) for g in ("matrix", "layer", "network"))),
+        identity=Case(Mole(learned(Mole)), ONE),
+        no_identity=Case(Mole(learned(Mole)), PAIR),
+        # the gates replace the weights: with nothing learned they are the uniform sum
+        weighted_sum=Case(Mole(blank(Mole)), PAIR),
+        no_weighted_sum=Case(Mole(learned(Mole)), PAIR),
+    ),
+    "milora": Row(
+        settings=(
+            Milora(learned(Milora)),
+            Milora(learned(Milora, top_k=1, pooler="last", activation="gelu")),
+            Milora(learned(Milora, form="modules", pooler="max")),
+        ),
+        identity=Case(Milora(learned(Milora)), ONE),
+        no_identity=Case(Milora(learned(Milora, form="modules")), ONE),
+        weighted_sum=Case(Milora(learned(Milora, form="modules", top_k=ALL)), EVERY),
+        no_weighted_sum=Case(Milora(learned(Milora, form="modules")), EVERY),
+    ),
+    "phatgoose": Row(
+        settings=(Phatgoose(learned(Phatgoose)), Phatgoose(learned(Phatgoose), top_k=None)),
+        identity=Case(Phatgoose(learned(Phatgoose)), ONE),
+        no_identity=Case(Phatgoose(learned(Phatgoose), phase="training"), ONE),
+        weighted_sum=Case(Phatgoose(blank(Phatgoose)), PAIR),
+        no_weighted_sum=Case(Phatgoose(learned(Phatgoose)), PAIR),
+    ),
 }
 
 # ---------------------------------------------------------------- rows of a batch
@@ -446,18 +481,23 @@ def regauged(adapter: Adapter, seed: int) -> Adapter:
 
 
 def cache_error(composer: Composer, on: str) -> float:
-    """Prefill and one decoding step per token with the cache, against one full pass."""
-    rows = BATCH[:4]
+    """Prefill and one decoding step per token with the cache, against one full pass.
+
+    What is decided by the prompt is decided by the tokens of the prefill, so the full pass is told which these are.
+    """
+    rows, prefill = BATCH[:4], 1 if on == "t5" and composer.scope == "prompt" else 5
     deltas, model = compose_rows(composer, hostile_adapters(on), rows), base(on)
     inputs = torch.stack(prompts([8] * len(rows)))  # (batch, 8)
     encoder = {"input_ids": inputs.flip(1)} if on == "t5" else {}
     tokens = "decoder_input_ids" if on == "t5" else "input_ids"
+    # an encoder reads nothing but the prompt; of its decoder's tokens the first alone counts as prompt
+    prompt = torch.arange(8).expand(len(rows), -1) < (8 if on == "t5" else prefill)
     with torch.no_grad():
-        with attach(model, deltas):
+        with attach(model, deltas, prompt if composer.scope == "prompt" else None):
             full = model(**encoder, **{tokens: inputs}).logits
         pieces, past = [], None
         with attach(model, deltas):
-            for piece in inputs.split([5, 1, 1, 1], dim=1):
+            for piece in inputs.split([prefill, *[1] * (8 - prefill)], dim=1):
                 out = model(**encoder, **{tokens: piece}, past_key_values=past, use_cache=True)
                 pieces.append(out.logits)
                 past = out.past_key_values

@@ -20,7 +20,10 @@ from loracompose.composers.lora_flow import LoraFlow
 from loracompose.composers.lorahub import LoraHub
 from loracompose.composers.magnitude_prune import MagnitudePrune
 from loracompose.composers.merge import merge_adapters
+from loracompose.composers.milora import Milora
 from loracompose.composers.mixture import Mixture
+from loracompose.composers.mole import Mole
+from loracompose.composers.phatgoose import Phatgoose
 from loracompose.composers.rank_gating import RankGating
 from loracompose.composers.selection import Selection
 from loracompose.composers.ties import Ties
@@ -45,6 +48,9 @@ COMPOSERS: Mapping[str, type[Composer]] = MappingProxyType(
             RankGating,
             LoraFlow,
             Cat,
+            Mole,
+            Milora,
+            Phatgoose,
         )
     }
 )

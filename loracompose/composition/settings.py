@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
 
 from loracompose.composition.router import Router
@@ -34,6 +34,18 @@ def check_count(owner: str, name: str, value: object, *, least: int = 1, optiona
 def is_finite(value: object) -> TypeGuard[float]:
     """Whether a field holds an ordinary number: an int or a float, neither True nor nan nor infinite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def check_choice(owner: str, name: str, value: object, choices: Collection[str]) -> None:
+    """Raise a ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{owner}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_amount(owner: str, name: str, value: object) -> None:
+    """Raise a ValueError unless the value is a finite number of at least 0."""
+    if not (is_finite(value) and value >= 0):
+        raise ValueError(f"{owner}: {name} must be a finite number of at least 0, got {value!r}")
 
 
 def check_router(owner: str, method: str, router: object) -> None:

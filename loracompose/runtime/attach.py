@@ -102,6 +102,11 @@ class Attachment:
         """What the gates left of the last forward pass, see `GateContext.scratch`."""
         return self._scratch
 
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """What the gates decided for this request, see `GateContext.memory`."""
+        return self._memory
+
     def starts(self, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
         """The parts of a model at which a pass begins, each with its pre-hook."""
         yield model, self.start_pass

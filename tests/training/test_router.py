@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loracompose.composers import COMPOSERS, get_composer
 from loracompose.composers.cat import Cat
 from loracompose.composers.lora_flow import LoraFlow
 from loracompose.composition.router import load_router
@@ -70,6 +71,16 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("method", ["mole", "milora", "phatgoose"])
+def test_routers_of_prompts_and_gate_vectors_are_trained_by_the_same_loop(train, tmp_path, method):
+    recipe = RouterRecipe(steps=12, batch_size=12, learning_rate=0.1, members="own" if method == "phatgoose" else "all")
+    report = train(tmp_path / "r", method, recipe=recipe)
+    assert min(report.losses[-4:]) < report.losses[0]
+    moved = COMPOSERS[method].initial(loaded_pool(train, tmp_path, method), 0, {}).tensors
+    assert all(not torch.equal(moved[name], tensor) for name, tensor in report.router.tensors.items())
+    assert get_composer(method, load_router(tmp_path / "r")).router.fingerprint == report.router.fingerprint
+
+
 @pytest.mark.parametrize("method", ["lora_flow", "cat"])
 def test_the_loss_falls_and_every_tensor_is_reached(train, tmp_path, method):
     start = {"lora_flow": LoraFlow, "cat": Cat}[method]
@@ -87,13 +98,13 @@ def loaded_pool(train, tmp_path, method):
     """The pool that a training hands to `initial`."""
     seen = []
 
-    class Spy({"lora_flow": LoraFlow, "cat": Cat}[method]):  # type: ignore[misc]
+    class Spy(COMPOSERS[method]):  # type: ignore[misc]
         @classmethod
         def initial(cls, pool, seed, settings):
             seen.append(pool)
             return super().initial(pool, seed, settings)
 
-    train(tmp_path / "spied", Spy, recipe=RouterRecipe(steps=1))
+    train(tmp_path / "spied", Spy, recipe=RouterRecipe(steps=1, members="own"))
     return seen[0]
 
 

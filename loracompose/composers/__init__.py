@@ -19,8 +19,10 @@ from loracompose.composers.lorahub import LoraHub
 from loracompose.composers.magnitude_prune import MagnitudePrune
 from loracompose.composers.merge import merge_adapters
 from loracompose.composers.mixture import Mixture
+from loracompose.composers.ramole import Ramole
 from loracompose.composers.rank_gating import RankGating
 from loracompose.composers.selection import Selection
+from loracompose.composers.smora import Smora
 from loracompose.composers.ties import Ties
 from loracompose.composition.router import Router
 
@@ -41,6 +43,8 @@ COMPOSERS: Mapping[str, type[Composer]] = MappingProxyType(
             LoraHub,
             Arrow,
             RankGating,
+            Ramole,
+            Smora,
         )
     }
 )

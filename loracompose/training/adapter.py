@@ -108,8 +108,8 @@ def train_adapter(
     examples = encode_examples(loaded.tokenizer, rows, recipe.max_length)
     dev_examples = encode_examples(loaded.tokenizer, dev_rows, recipe.max_length) if dev_rows else ()
     steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch(len(examples), recipe.batch_size)))
-    with _seeded(recipe.seed, loaded.device), ExitStack() as stack:
-        model = _with_lora(loaded, recipe)
+    with seeded(recipe.seed, loaded.device), ExitStack() as stack:
+        model = with_lora(loaded, recipe)
         done = run_steps(
             model,
             recipe,
@@ -130,12 +130,17 @@ def train_adapter(
         dev_losses=dict(done.dev_losses),
         seconds=time.monotonic() - started,
     )
-    _write_folder(model, target, _card(card or CardText(), rows), _record(report, recipe, loaded))
+    write_folder(model, target, _card(card or CardText(), rows), _record(report, recipe, loaded))
     shutil.rmtree(partial, ignore_errors=True)
     return report
 
 
-def _with_lora(base: BaseModel, recipe: Recipe) -> PeftModel:
+def with_lora(base: BaseModel, recipe: Recipe) -> PeftModel:
+    """The base with fresh LoRA factors in float32, which alone require gradients.
+
+    Raises:
+        ValueError: the base has no module of a target's name.
+    """
     kind = TaskType.SEQ_2_SEQ_LM if base.model.config.is_encoder_decoder else TaskType.CAUSAL_LM
     names = {name.rsplit(".", 1)[-1] for name, _ in base.model.named_modules()}
     if missing := [name for name in recipe.target_modules if name.rsplit(".", 1)[-1] not in names]:
@@ -154,7 +159,7 @@ def _with_lora(base: BaseModel, recipe: Recipe) -> PeftModel:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators, which PEFT's initialisation and dropout draw from, and give them back unchanged."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -216,7 +221,8 @@ def _record(report: TrainingReport, recipe: Recipe, base: BaseModel) -> dict[str
     }
 
 
-def _write_folder(model: PeftModel, target: Path, card: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+def write_folder(model: PeftModel, target: Path, card: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Write the adapter in bfloat16 with `card.json` and `training.json`, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loracompose.training.batches import batch_plan, response_loss
@@ -40,6 +40,23 @@ class Progress:
         return len(self.losses)
 
 
+class Method(Protocol):
+    """What a training method adds to the steps of plain LoRA; what it does in the forward pass is its own affair."""
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What it trains besides the parameters of the model, by names of its own."""
+
+    def after_step(self, number: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called after optimizer step `number`, counted from 1, before the dev loss and the checkpoint."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides parameters and optimizer: tensors and plain values in containers."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from such a state, whose tensors lie on the CPU."""
+
+
 def run_steps(
     model: PreTrainedModel,
     recipe: Recipe,
@@ -51,6 +68,7 @@ def run_steps(
     checkpoint: Path,
     identity: str,
     on_step: Callable[[Step], None] | None = None,
+    method: Method | None = None,
 ) -> Progress:
     """Train the parameters that require a gradient; a run continued from `checkpoint` equals one never interrupted.
 
@@ -66,23 +84,28 @@ def run_steps(
         checkpoint: file to continue from, if it exists, and to write.
         identity: what the run depends on; a checkpoint with another one is refused.
         on_step: called after every step; an exception it raises stops the run, which can be resumed.
+        method: trained and called along; None is plain LoRA.
 
     Raises:
         ValueError: the checkpoint belongs to another run, or the loss is not finite.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if method is not None:
+        parameters |= method.parameters
     optimizer = torch.optim.AdamW(parameters.values(), lr=1.0, weight_decay=recipe.weight_decay)
-    progress = _restore(checkpoint, identity, parameters, optimizer) if checkpoint.is_file() else Progress()
+    progress = _restore(checkpoint, identity, parameters, optimizer, method) if checkpoint.is_file() else Progress()
     plan = batch_plan([e.length for e in examples], recipe.batch_size, steps=steps, seed=recipe.seed)
     for number in range(progress.steps + 1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(number - 1, steps)
         batch = [examples[index] for index in plan[number - 1]]
         progress.losses.append(_step(model, optimizer, batch, pad_id, recipe.clip, number))
+        if method is not None:
+            method.after_step(number, optimizer)
         if dev and (number == steps or (recipe.eval_every and number % recipe.eval_every == 0)):
             progress.dev_losses[number] = mean_loss(model, dev, pad_id, recipe.batch_size)
         if number % recipe.save_every == 0 or number == steps:
-            _save(checkpoint, identity, parameters, optimizer, progress)
+            _save(checkpoint, identity, parameters, optimizer, progress, method)
         if on_step is not None:
             on_step(Step(number, steps, progress.losses[-1], progress.dev_losses.get(number)))
     return progress
@@ -125,6 +148,7 @@ def _save(
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
+    method: Method | None,
 ) -> None:
     state: dict[str, Any] = {
         "identity": identity,
@@ -134,6 +158,7 @@ def _save(
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "losses": progress.losses,
         "dev_losses": progress.dev_losses,
+        "method": None if method is None else method.state(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".writing")
@@ -144,7 +169,13 @@ def _save(
     aside.replace(path)
 
 
-def _restore(path: Path, identity: str, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Progress:
+def _restore(
+    path: Path,
+    identity: str,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    method: Method | None,
+) -> Progress:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["identity"] != identity:
         raise ValueError(
@@ -154,6 +185,8 @@ def _restore(path: Path, identity: str, parameters: Mapping[str, Tensor], optimi
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
     optimizer.load_state_dict(state["optimizer"])
+    if method is not None:
+        method.restore(state["method"])
     torch.set_rng_state(state["random"])
     if state["random_cuda"]:
         torch.cuda.set_rng_state_all(state["random_cuda"])

@@ -78,7 +78,7 @@ def find_pair(router: Router, bank: RankBank, used: bool, elsewhere: Elsewhere) 
         )
     rank = int(router.settings["rank"])
     A = router.tensor(f"{bank.module}.A", (rank, bank.A.shape[1]))
-    return RouterPair(A, router.tensor(f"{bank.module}.B", (bank.B.shape[0], rank)))
+    return RouterPair(A.to(working_dtype(A, bank.A)), router.tensor(f"{bank.module}.B", (bank.B.shape[0], rank)))
 
 
 def check_elsewhere(owner: str, value: object) -> None:

@@ -203,6 +203,7 @@ def _draw_gates(banks: Mapping[str, RankBank], settings: Mapping[str, Any], seed
             continue
         rank, d_in = bank.A.shape
         blocks, bound = _blocks(module, rank, settings, settings["active"]), d_in**-0.5
+        _check_gradient(settings, rank)
         tensors[f"{module}.router"] = torch.empty(blocks, d_in).uniform_(-bound, bound, generator=generator)
         tensors[f"{module}.bias"] = torch.zeros(blocks)
     return tensors
@@ -242,9 +243,14 @@ def _blocks(module: str, rank: int, settings: Mapping[str, Any], active: int) ->
             f"smora: {module!r} has {rank} ranks, which must be a multiple of block = {block} and at least active = "
             f"{active}"
         )
-    if settings["normalised"] and active == block < rank:
+    return int(rank // block)
+
+
+def _check_gradient(settings: Mapping[str, Any], rank: int) -> None:
+    """Raise a ValueError where every gate would be a constant, so that the router could not learn."""
+    block = settings["block"]
+    if settings["normalised"] and settings["active"] == block < rank:
         raise ValueError(
-            f"smora: the one block of {block} ranks that acts would always have the gate {rank / active:g}, whatever "
+            f"smora: the one block of {block} ranks that acts would always have the gate {rank / block:g}, whatever "
             "the router says: raise active, lower block, or set normalised to False"
         )
-    return int(rank // block)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from loracompose.adapters.lora import Adapter, LoraFactors
 from loracompose.composers.arrow import Arrow
-from loracompose.composers.base import Composer
+from loracompose.composers.base import Composer, LearnedComposer, Pool
 from loracompose.composers.dare import Dare, DareTies
 from loracompose.composers.fusion import Fusion
 from loracompose.composers.knots import Knots
@@ -27,11 +27,14 @@ from loracompose.composers.linear import Linear
 from loracompose.composers.lorahub import LoraHub
 from loracompose.composers.magnitude_prune import MagnitudePrune
 from loracompose.composers.mixture import Mixture
+from loracompose.composers.ramole import Ramole
 from loracompose.composers.rank_gating import RankGating
 from loracompose.composers.selection import Selection
+from loracompose.composers.smora import Smora
 from loracompose.composers.ties import Ties
 from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.delta import LowRankDelta
+from loracompose.composition.router import Router, RouterAdapter
 from loracompose.runtime.attach import attach, module_shape
 from tests import tiny
 
@@ -40,6 +43,118 @@ BASES = ("llama", "gpt2", "t5")
 ROUNDING: Mapping[str, float] = {"llama": 1e-6, "gpt2": 1e-10, "t5": 1e-6}
 GENERATED = 1e-6  # `generate` hands out logits and scores in float32
 ALL = 10**6  # more ranks than there are
+
+# ---------------------------------------------------------------- material
+
+
+@cache
+def base(name: str) -> Any:
+    """One float64 base model for all tests, which no test may change."""
+    return tiny.base_model(name, dtype=torch.float64)
+
+
+@cache
+def shapes(name: str) -> Mapping[str, tuple[str, int, int]]:
+    """Kind and widths of every module that an adapter of the tests may have."""
+    wanted = (*tiny.ALL_TARGETS[name], tiny.EMBEDDINGS[name])
+    found = {path: module_shape(m) for path, m in base(name).named_modules() if path.rpartition(".")[2] in wanted}
+    return {path: shape for path, shape in found.items() if shape is not None}
+
+
+def random_adapter(
+    name: str,
+    on: str,
+    *,
+    seed: int,
+    rank: int,
+    scale: float = 0.3,
+    modules: Sequence[str] = (),
+    layer: int | None = None,
+    words: bool = False,
+) -> Adapter:
+    """An adapter of random factors in float64.
+
+    Args:
+        name: its name.
+        on: "llama", "gpt2" or "t5".
+        seed: of its factors.
+        rank: of every module.
+        scale: standard deviation of A and of B; 0 makes B zero.
+        modules: last parts of module names, all linear ones by default.
+        layer: one layer only.
+        words: adapts the embedding too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = tuple(modules) or tuple(tiny.ALL_TARGETS[on])
+    factors = {}
+    for path, (kind, d_in, d_out) in shapes(on).items():
+        inside = path.rpartition(".")[2] in chosen and (layer is None or f".{layer}." in path)
+        if inside if kind == "linear" else words:
+            A = torch.randn(rank, d_in, generator=generator, dtype=torch.float64) * (scale or 0.3)
+            B = torch.randn(d_out, rank, generator=generator, dtype=torch.float64) * scale
+            factors[path] = LoraFactors(A, B, kind)  # type: ignore[arg-type]
+    return Adapter(name, factors)
+
+
+@cache
+def hostile_adapters(on: str = "llama") -> tuple[Adapter, ...]:
+    """Unequal ranks and norms, missing modules, a zero adapter, one adapter twice, embeddings in two of them."""
+    some = tiny.TARGETS[on]
+    plain = random_adapter("plain", on, seed=1, rank=4)
+    return (
+        plain,
+        random_adapter("loud", on, seed=2, rank=2, scale=0.6),
+        random_adapter("late", on, seed=3, rank=7, modules=some, layer=1, words=True),
+        random_adapter("zero", on, seed=4, rank=3, modules=some, scale=0.0),
+        replace(plain, name="plain again"),
+        random_adapter("words", on, seed=5, rank=1, modules=some[:1], words=True),
+    )
+
+
+@cache
+def stranger(on: str = "llama") -> Adapter:
+    """An adapter 100 times larger than the others, for those who must not notice it."""
+    return random_adapter("stranger", on, seed=9, rank=5, scale=3.0, words=True)
+
+
+@cache
+def everyone() -> Pool:
+    """The adapters of every base as one pool, so that one router serves the laws on all of them."""
+    adapters = [adapter for on in BASES for adapter in (*hostile_adapters(on), stranger(on))]
+    ordered = [adapters[i] for i in content_order(adapters)]
+    return Pool("everything", 32, tuple(adapter.name for adapter in ordered), gather_banks(ordered))
+
+
+def learned(kind: type[LearnedComposer], spread: float = 0.5, **settings: Any) -> Router:
+    """A router of `everyone` as it starts, with noise on every tensor; a spread of 0 is the start itself."""
+    start, generator = kind.initial(everyone(), 0, settings), torch.Generator().manual_seed(5)
+    noisy = {
+        name: tensor + spread * torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
+        for name, tensor in start.tensors.items()
+    }
+    return replace(start, tensors=noisy)
+
+
+def blank(kind: type[LearnedComposer], **settings: Any) -> Router:
+    """A router of `everyone` whose tensors are zero: it prefers nobody."""
+    start = kind.initial(everyone(), 0, settings)
+    return replace(start, tensors={name: torch.zeros_like(tensor) for name, tensor in start.tensors.items()})
+
+
+def serving(composer: Composer, instead: Sequence[tuple[Adapter, Adapter]]) -> Composer:
+    """The composer for other adapters in the place of those that its router knows; itself if it knows none."""
+    router = getattr(composer, "router", None)
+    if router is None or router.adapters is None:
+        return composer
+    left = [(old.fingerprint, new.fingerprint) for old, new in instead]
+    renamed = []
+    for known in router.adapters:
+        pair = next((pair for pair in left if pair[0] == known.fingerprint), None)
+        if pair is not None:
+            left.remove(pair)
+        renamed.append(known if pair is None else RouterAdapter(pair[1], known.name))
+    return replace(composer, router=replace(router, adapters=tuple(renamed)))  # type: ignore[type-var]
+
 
 # ---------------------------------------------------------------- which setting keeps which law
 
@@ -177,74 +292,26 @@ ROWS: Mapping[str, Row] = {
         weighted_sum=Case(RankGating(m=ALL), EVERY),
         no_weighted_sum=Case(RankGating(m=8), EVERY),
     ),
+    "ramole": Row(
+        settings=(Ramole(learned(Ramole)), Ramole(learned(Ramole), elsewhere="untrained")),
+        identity=Case(Ramole(learned(Ramole)), HALF),  # shares sum to 1 whatever the weights
+        no_identity=Case(Ramole(learned(Ramole)), PAIR),
+        weighted_sum=Case(
+            Ramole(learned(Ramole, spread=0.0)), PAIR
+        ),  # a router before its first step is the uniform sum
+        no_weighted_sum=Case(Ramole(learned(Ramole)), PAIR),
+    ),
+    "smora": Row(
+        # the form for pools; the form of one adapter refuses all others and has its laws in test_smora.py
+        settings=(Smora(learned(Smora)), Smora(learned(Smora), active=1), Smora(learned(Smora), active=ALL)),
+        identity=Case(Smora(learned(Smora, spread=0.0), active=ALL), ONE),
+        no_identity=Case(Smora(learned(Smora), active=ALL), ONE),
+        weighted_sum=Case(Smora(learned(Smora, spread=0.0), active=ALL), EVERY),
+        no_weighted_sum=Case(Smora(learned(Smora, spread=0.0)), EVERY),
+    ),
 }
 
-# ---------------------------------------------------------------- material
-
-
-@cache
-def base(name: str) -> Any:
-    """One float64 base model for all tests, which no test may change."""
-    return tiny.base_model(name, dtype=torch.float64)
-
-
-@cache
-def shapes(name: str) -> Mapping[str, tuple[str, int, int]]:
-    """Kind and widths of every module that an adapter of the tests may have."""
-    wanted = (*tiny.ALL_TARGETS[name], tiny.EMBEDDINGS[name])
-    found = {path: module_shape(m) for path, m in base(name).named_modules() if path.rpartition(".")[2] in wanted}
-    return {path: shape for path, shape in found.items() if shape is not None}
-
-
-def random_adapter(
-    name: str,
-    on: str,
-    *,
-    seed: int,
-    rank: int,
-    scale: float = 0.3,
-    modules: Sequence[str] = (),
-    layer: int | None = None,
-    words: bool = False,
-) -> Adapter:
-    """An adapter of random factors in float64.
-
-    Args:
-        name: its name.
-        on: "llama", "gpt2" or "t5".
-        seed: of its factors.
-        rank: of every module.
-        scale: standard deviation of A and of B; 0 makes B zero.
-        modules: last parts of module names, all linear ones by default.
-        layer: one layer only.
-        words: adapts the embedding too.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = tuple(modules) or tuple(tiny.ALL_TARGETS[on])
-    factors = {}
-    for path, (kind, d_in, d_out) in shapes(on).items():
-        inside = path.rpartition(".")[2] in chosen and (layer is None or f".{layer}." in path)
-        if inside if kind == "linear" else words:
-            A = torch.randn(rank, d_in, generator=generator, dtype=torch.float64) * (scale or 0.3)
-            B = torch.randn(d_out, rank, generator=generator, dtype=torch.float64) * scale
-            factors[path] = LoraFactors(A, B, kind)  # type: ignore[arg-type]
-    return Adapter(name, factors)
-
-
-@cache
-def hostile_adapters(on: str = "llama") -> tuple[Adapter, ...]:
-    """Unequal ranks and norms, missing modules, a zero adapter, one adapter twice, embeddings in two of them."""
-    some = tiny.TARGETS[on]
-    plain = random_adapter("plain", on, seed=1, rank=4)
-    return (
-        plain,
-        random_adapter("loud", on, seed=2, rank=2, scale=0.6),
-        random_adapter("late", on, seed=3, rank=7, modules=some, layer=1, words=True),
-        random_adapter("zero", on, seed=4, rank=3, modules=some, scale=0.0),
-        replace(plain, name="plain again"),
-        random_adapter("words", on, seed=5, rank=1, modules=some[:1], words=True),
-    )
-
+# ---------------------------------------------------------------- rows of a batch
 
 # rows of a batch over the hostile adapters: several members, one, none, all, and negative weights with a repeated row
 BATCH = (
@@ -319,7 +386,8 @@ def distance(got: Tensor, want: Tensor) -> float:
 def identity_error(case: Case, on: str, loaded: Adapter, peft: nn.Module) -> float:
     """One adapter of weight 1 among adapters that are no members, against the same adapter in PEFT."""
     adapters = (loaded, *hostile_adapters(on)[1:])
-    got = composed_logits(case.composer, adapters, case.weights, on)
+    composer = serving(case.composer, [(hostile_adapters(on)[0], loaded)])
+    got = composed_logits(composer, adapters, case.weights, on)
     return distance(got, tiny.logits(peft, on, batch=2, seq=6))
 
 
@@ -353,21 +421,20 @@ def order_error(composer: Composer, order: Sequence[int], on: str = "llama") -> 
 def stranger_error(composer: Composer, on: str = "llama") -> float:
     """Rows with and without an adapter of weight 0 that is 100 times larger, and that another row uses."""
     adapters = hostile_adapters(on)
-    stranger = random_adapter("stranger", on, seed=9, rank=5, scale=3.0, words=True)
     weights = BATCH[:5]
     alone = logits(base(on), compose_rows(composer, adapters, weights), on, batch=5)
     beside = [*((*row, 0.0) for row in weights[:4]), (0.0,) * 6 + (1.0,)]
-    got = logits(base(on), compose_rows(composer, [*adapters, stranger], beside), on, batch=5)
+    got = logits(base(on), compose_rows(composer, [*adapters, stranger(on)], beside), on, batch=5)
     return distance(got[:4], alone[:4])
 
 
 def gauge_error(composer: Composer, on: str = "llama") -> float:
     """The same updates factorised otherwise: A -> M⁻¹ A, B -> B M."""
     adapters = hostile_adapters(on)
-    return distance(
-        composed_logits(composer, [regauged(a, seed) for seed, a in enumerate(adapters)], EVERY, on),
-        composed_logits(composer, adapters, EVERY, on),
-    )
+    prints = [adapter.fingerprint for adapter in adapters]
+    others = [regauged(adapter, seed=prints.index(adapter.fingerprint)) for adapter in adapters]
+    same = serving(composer, list(zip(adapters, others, strict=True)))
+    return distance(composed_logits(same, others, EVERY, on), composed_logits(composer, adapters, EVERY, on))
 
 
 def regauged(adapter: Adapter, seed: int) -> Adapter:
@@ -382,18 +449,23 @@ def regauged(adapter: Adapter, seed: int) -> Adapter:
 
 
 def cache_error(composer: Composer, on: str) -> float:
-    """Prefill and one decoding step per token with the cache, against one full pass."""
-    rows = BATCH[:4]
+    """Prefill and one decoding step per token with the cache, against one full pass.
+
+    What is decided by the prompt is decided by the tokens of the prefill, so the full pass is told which these are.
+    """
+    rows, prefill = BATCH[:4], 1 if on == "t5" and composer.scope == "prompt" else 5
     deltas, model = compose_rows(composer, hostile_adapters(on), rows), base(on)
     inputs = torch.stack(prompts([8] * len(rows)))  # (batch, 8)
     encoder = {"input_ids": inputs.flip(1)} if on == "t5" else {}
     tokens = "decoder_input_ids" if on == "t5" else "input_ids"
+    # an encoder reads nothing but the prompt; of its decoder's tokens the first alone counts as prompt
+    prompt = torch.arange(8).expand(len(rows), -1) < (8 if on == "t5" else prefill)
     with torch.no_grad():
-        with attach(model, deltas):
+        with attach(model, deltas, prompt if composer.scope == "prompt" else None):
             full = model(**encoder, **{tokens: inputs}).logits
         pieces, past = [], None
         with attach(model, deltas):
-            for piece in inputs.split([5, 1, 1, 1], dim=1):
+            for piece in inputs.split([prefill, *[1] * (8 - prefill)], dim=1):
                 out = model(**encoder, **{tokens: piece}, past_key_values=past, use_cache=True)
                 pieces.append(out.logits)
                 past = out.past_key_values

@@ -189,7 +189,14 @@ def block_gate(router: Router, module: str, place: Tensor, rank: int, active: in
     weight = router.tensor(f"{module}.router", (blocks, router.tensors[f"{module}.router"].shape[-1]))
     block = settings["block"]
     return BlockGate(
-        weight, bias, place // block, active // block, settings["normalised"], settings["bias_in_gate"], rank / active
+        weight,
+        bias,
+        place // block,
+        active // block,
+        settings["normalised"],
+        settings["bias_in_gate"],
+        rank / active,
+        place.view(blocks, block) if len(place) == rank else None,
     )
 
 

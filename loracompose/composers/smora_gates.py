@@ -26,6 +26,7 @@ class BlockGate:
         normalised: whether the gates of a token are scaled to a fixed sum.
         bias_in_gate: whether c enters the value of a gate, or the choice alone.
         strength: r / k, what turns the stored scaling alpha/r into the paper's alpha/k.
+        ranks_of: ranks of each block, (blocks, b); None where the bank holds ranks of others too.
     """
 
     router: Tensor
@@ -35,6 +36,7 @@ class BlockGate:
     normalised: bool
     bias_in_gate: bool
     strength: float
+    ranks_of: Tensor | None = None
 
     needs_layer_input: ClassVar[bool] = False
 
@@ -42,7 +44,8 @@ class BlockGate:
         """The same gate on a device and in a dtype."""
         bias = self.bias.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
         router = self.router.to(device=device, dtype=dtype)
-        return replace(self, router=router, bias=bias, block_of=self.block_of.to(device))
+        ranks_of = None if self.ranks_of is None else self.ranks_of.to(device)
+        return replace(self, router=router, bias=bias, block_of=self.block_of.to(device), ranks_of=ranks_of)
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks that act and their gates, both (batch, seq, active)."""
@@ -58,11 +61,29 @@ class BlockGate:
 
     def __call__(self, x: Tensor, h: Tensor, w: Tensor, context: GateContext) -> Tensor:
         """Multipliers (batch, seq, R), the row's weight included; 0 for ranks that do not act."""
-        chosen, value = self.choose(x)
+        chosen, value = self._noted(x, w, context)
         gates = value.new_zeros(*value.shape[:-1], len(self.bias)).scatter(-1, chosen, value)
+        return gates.to(h)[..., self.block_of] * w[:, None, :]
+
+    @property
+    def n_active(self) -> int | None:
+        """k, where the bank holds this adapter alone."""
+        return None if self.ranks_of is None else self.active * self.ranks_of.shape[1]
+
+    def few(self, x: Tensor, w: Tensor, context: GateContext) -> tuple[Tensor, Tensor]:
+        """The ranks that act on a token and their multipliers, both (batch, seq, k)."""
+        if self.ranks_of is None:
+            raise ValueError("the bank holds ranks of several adapters: call the gate instead")
+        chosen, value = self._noted(x, w, context)
+        ranks = self.ranks_of[chosen].flatten(-2)  # (batch, seq, k)
+        own = w[torch.arange(len(w), device=w.device)[:, None, None], ranks]
+        return ranks, value.to(w).repeat_interleave(self.ranks_of.shape[1], dim=-1) * own
+
+    def _noted(self, x: Tensor, w: Tensor, context: GateContext) -> tuple[Tensor, Tensor]:
+        chosen, value = self.choose(x)
         if torch.is_grad_enabled():
             context.scratch[LOAD + context.module] = self._load(chosen, w, context)
-        return gates.to(h)[..., self.block_of] * w[:, None, :]
+        return chosen, value
 
     def _load(self, chosen: Tensor, w: Tensor, context: GateContext) -> Tensor:
         """How many real tokens of the rows that use the adapter each block was given, (blocks,)."""

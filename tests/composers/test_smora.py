@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,11 @@ from loracompose.composition.bank import gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext
 from loracompose.composition.router import Router
+from loracompose.runtime import operator
+from loracompose.runtime.attach import attach
+from loracompose.runtime.operator import RowOperator
+from loracompose.runtime.plan import active_pays
+from tests import laws
 from tests.composers.one_module import factors, pool, tokens
 
 
@@ -318,3 +324,68 @@ WRONG = [
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         initial(pool(6), **settings)
+
+
+# ---------------------------------------------------------------- running it
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_products_of_the_active_ranks_alone_are_those_of_all_ranks_masked(block: int):
+    adapters, x = pool(12), tokens(4)
+    router = trained(adapters, form="adapter", active=4, block=block)
+    delta = composed(Smora(router), adapters, [[1.0], [0.0], [-0.5], [2.0]])
+    runs = []
+    for pays in (True, False):
+        context = GateContext("m")
+        with mock.patch.object(operator, "active_pays", return_value=pays) as asked:
+            runs.append((RowOperator(delta)(x, context), context.scratch[LOAD + "m"]))
+        assert asked.call_args.args == (20, 12, 4, 21, 8)
+    assert torch.allclose(runs[0][0], runs[1][0], atol=1e-12)
+    assert not runs[0][0][1].any()
+    assert torch.equal(runs[0][1], runs[1][1])
+    beams = delta.repeat(2)
+    with mock.patch.object(operator, "active_pays", return_value=True):
+        twice = RowOperator(delta)(x.repeat_interleave(2, dim=0), GateContext("m"))
+    assert torch.allclose(twice, beams(x.repeat_interleave(2, dim=0), GateContext("m")), atol=1e-12)
+
+
+def test_active_ranks_are_named_only_where_the_bank_is_the_adapters_own():
+    own, other = pool(6, 3)
+    router = trained([own], form="adapter", active=2)
+    assert composed(Smora(router), [own], [[1.0]]).gate.n_active == 2
+    beside = composed(Smora(router), [own, other], [[1.0, 0.0]])
+    assert beside.gate.n_active is None
+    with mock.patch.object(operator, "active_pays", side_effect=AssertionError):
+        RowOperator(beside)(tokens(1), GateContext("m"))
+
+
+def test_gathering_active_ranks_pays_for_few_tokens_of_wide_modules_and_never_for_a_prefill():
+    assert active_pays(1, 64, 8, 8192, 4)
+    assert not active_pays(1, 64, 8, 1152, 4)
+    assert not active_pays(1, 8, 8, 8192, 4)
+    assert not any(active_pays(512, ranks, 8, 8192, 4) for ranks in (8, 64, 256))
+    pays = [active_pays(tokens, 256, 8, 8192, 4) for tokens in range(1, 40)]
+    assert pays == sorted(pays, reverse=True)
+
+
+def test_the_adapter_form_keeps_the_laws_of_the_one_adapter_it_serves():
+    own = laws.hostile_adapters()[0]
+    linear = [own]
+    start = Smora.initial(Pool("base", 32, ("own",), gather_banks(linear)), 0, {"form": "adapter", "active": 2})
+    noisy = {n: t + torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for n, t in start.tensors.items()}
+    composer, rows = Smora(replace(start, tensors=noisy)), [[1.0], [0.0], [0.5]]
+    inputs = torch.stack(laws.prompts([8] * 3))
+    model = laws.base("llama")
+    with torch.no_grad():
+        plain = model(input_ids=inputs).logits
+        with attach(model, laws.compose_rows(composer, linear, rows)):
+            full = model(input_ids=inputs).logits
+        with attach(model, laws.compose_rows(composer, linear, rows)):
+            first = model(input_ids=inputs[:, :5], use_cache=True)
+            rest = model(input_ids=inputs[:, 5:], past_key_values=first.past_key_values).logits
+        with attach(model, laws.compose_rows(composer, linear, rows[2:])):
+            alone = model(input_ids=inputs[2:]).logits
+    assert laws.distance(torch.cat([first.logits, rest], dim=1), full) < 1e-6
+    assert laws.distance(full[2:], alone) < 1e-6
+    assert torch.equal(full[1], plain[1])
+    assert laws.distance(full[0], plain[0]) > 1e-3

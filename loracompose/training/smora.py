@@ -166,8 +166,8 @@ def _read(data: Sequence[Rows]) -> tuple[Example, ...]:
 def _identity(
     recipe: Recipe, settings: SmoraSettings, base: BaseModel, rows: Sequence[Example], dev_rows: Sequence[Example]
 ) -> str:
-    values = [recipe, settings, *rows, *dev_rows]
-    parts = [base.name, str(base.dtype), len(rows), *(asdict(value) for value in values)]
+    examples = [asdict(row) for row in (*rows, *dev_rows)]
+    parts = [base.name, str(base.dtype), len(rows), asdict(recipe), asdict(settings), examples]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 

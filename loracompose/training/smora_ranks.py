@@ -151,9 +151,7 @@ def _encoders(model: PeftModel) -> Iterator[tuple[str, nn.Linear]]:
     layers = {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
     for name in sorted(layers):
         if ADAPTER not in layers[name].lora_A:
-            raise ValueError(
-                f"{name!r} is no linear layer: SMoRA gates ranks of linear layers; take it off the targets"
-            )
+            raise ValueError(f"{name!r} is not linear, and SMoRA gates ranks of linear layers: take it off the targets")
         yield name, layers[name].lora_A[ADAPTER]
 
 

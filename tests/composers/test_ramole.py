@@ -115,9 +115,12 @@ def test_rows_that_lost_all_their_adapters_gain_nothing_and_spoil_no_gradient():
 def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it():
     plain, x = pool(4, 2), tokens(1)
     loud = Adapter("loud", {"m": LoraFactors(torch.full((1, 12), torch.inf).double(), torch.ones(9, 1).double())})
-    router = trained(plain)
+    live = {n: t.clone().requires_grad_() for n, t in trained(plain).tensors.items()}
+    router = replace(trained(plain), tensors=live)
     got = composed(Ramole(router), [*plain, loud], [[1.0, 1.0, 0.0]])(x)
     assert torch.allclose(got, composed(Ramole(router), plain, [[1.0, 1.0]])(x), atol=1e-12)
+    got.sum().backward()
+    assert live["m.A"].grad.isfinite().all()
 
 
 def test_one_router_serves_adapters_uploaded_later():

@@ -280,10 +280,13 @@ def test_ranks_that_add_nothing_change_nothing():
 
 def test_an_overflowing_adapter_does_not_reach_rows_that_do_not_use_it():
     adapters, x = pool(4, 2), tokens(1)
-    router = trained(adapters)
+    router, tensors = live(trained(adapters))
     delta = composed(Smora(router), adapters, [[1.0, 0.0]])
     A = torch.where(torch.arange(6)[:, None] < 4, delta.A, torch.inf)
-    assert torch.equal(replace(delta, A=A)(x), delta(x))
+    got = replace(delta, A=A)(x)
+    assert torch.equal(got, delta(x))
+    got.sum().backward()
+    assert tensors["m.A"].grad.isfinite().all()
 
 
 def test_a_module_the_pool_router_was_not_trained_on_is_refused_by_name_or_gated_untrained():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from loracompose.adapters.checkpoint import load_adapter
+from loracompose.adapters.lora import Adapter, LoraFactors
 from loracompose.cli import app
 from loracompose.composers.smora import Smora
 from loracompose.composition.bank import gather_banks
-from loracompose.composition.router import load_router
+from loracompose.composition.router import Router, RouterAdapter, load_router
 from loracompose.models import load_base
 from loracompose.runtime.attach import attach
 from loracompose.training.adapter import with_lora
@@ -117,16 +120,12 @@ def test_training_and_running_give_the_same_logits(base):
     with torch.no_grad(), ranks.attached():
         want = model(input_ids=ids).logits
     plain = model(input_ids=ids).logits  # the hooks are gone
-    from loracompose.adapters.lora import Adapter, LoraFactors
-
     names = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "lora_B")}
     factors = {
         name: LoraFactors(m.lora_A["default"].weight.detach(), m.lora_B["default"].weight.detach() * 4.0 / 8)
         for name, m in names.items()
     }
     own = Adapter("own", factors)
-    from loracompose.composition.router import RouterAdapter
-
     exact = {name: p.detach() for name, p in ranks.parameters.items()}
     router = ranks.router(RouterAdapter(own.fingerprint, "own"), {})
     router = replace(router, tensors={**router.tensors, **exact})
@@ -193,3 +192,26 @@ def test_the_command_trains_from_several_files(tmp_path, base):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["examples"] == 24
     assert load_router(tmp_path / "r").settings["active"] == 2
+
+
+def figure():
+    pytest.importorskip("matplotlib")
+    place = Path(__file__).parents[2] / "benchmarks" / "smora_load.py"
+    source = importlib.util.spec_from_file_location("smora_load", place)
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    return module
+
+
+def test_the_figure_shows_the_loads_of_a_record_and_is_the_same_file_each_time(tmp_path):
+    smora_load = figure()
+    load = {"violation": [2.0, 0.5], "first": {"a": [0, 8], "b": [1, 3]}, "last": {"a": [4, 4], "b": [5, 5]}}
+    assert smora_load.sorted_loads(load["first"]) == [1.75, 0.25]
+    router = Router("smora", {}, {}, "base", training={"load": load})
+    for name in ("one.svg", "two.svg"):
+        smora_load.draw(router, tmp_path / name)
+    drawn = (tmp_path / "one.svg").read_bytes()
+    assert drawn == (tmp_path / "two.svg").read_bytes()
+    assert b"last tenth of the steps" in drawn
+    with pytest.raises(LookupError, match="has no load in its record"):
+        smora_load.draw(replace(router, training={}), tmp_path / "three.svg")

@@ -144,7 +144,7 @@ class RamoleGate:
         along = x @ self.query.mT @ self.key  # (batch, seq, R): what one unit of each rank scores
         dtype = working_dtype(h)
         # an adapter that overflows must not reach rows that do not use it, nor their gradients
-        terms = torch.where(member[:, None, :], along.to(dtype) * h.to(dtype), 0.0)
+        terms = along.to(dtype) * torch.where(member[:, None, :], h.to(dtype), 0.0)
         scores = terms.new_zeros(*terms.shape[:-1], self.n_adapters).index_add(-1, self.owner, terms)
         candidate = torch.zeros(w.shape[0], self.n_adapters, dtype=torch.bool, device=w.device)
         candidate[:, self.owner] = member  # every rank of an adapter says the same

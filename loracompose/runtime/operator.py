@@ -30,8 +30,8 @@ def run_active(delta: LowRankDelta, gate: SparseGate, x: Tensor, context: GateCo
     """What the delta gives, (batch, seq, d_out), from the products of the ranks that act on each token alone."""
     ranks, g = gate.few(x, delta.weights, context)  # (batch, seq, k)
     h = (delta.A[ranks] @ x[..., None])[..., 0]  # (batch, seq, k)
-    # see LowRankDelta: no inf * 0
-    return (torch.where(g != 0, h * g, 0.0)[..., None, :] @ delta.B.mT[ranks])[..., 0, :]
+    h = torch.where(g != 0, h, 0.0) * g  # as in LowRankDelta: no inf * 0
+    return (h[..., None, :] @ delta.B.mT[ranks])[..., 0, :]
 
 
 class RowOperator:

@@ -224,7 +224,9 @@ def pool_by_hand(x: Tensor, adapters: list[Adapter], weights: list[float], A_q: 
 @pytest.mark.parametrize("k", [1, 3, 8, 40])
 def test_the_pool_form_moves_length_between_the_singular_directions_it_keeps(k: int):
     adapters, x = pool(4, 2, 1, 6), 0.5 * tokens(2)
-    router, tensors = live(trained(adapters, rank=3))
+    start = trained(adapters, rank=3)
+    strong = {name: 3 * tensor for name, tensor in start.tensors.items()}  # enough to change the choice
+    router, tensors = live(replace(start, tensors=strong))
     plain = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
     weights = [[0.5, 0.2, 0.0, -0.3], [0.0, 0.7, 0.3, 0.0]]
     got = composed(Smora(router, k), adapters, weights)(x)

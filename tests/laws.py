@@ -32,8 +32,10 @@ from loracompose.composers.milora import Milora
 from loracompose.composers.mixture import Mixture
 from loracompose.composers.mole import Mole
 from loracompose.composers.phatgoose import Phatgoose
+from loracompose.composers.ramole import Ramole
 from loracompose.composers.rank_gating import RankGating
 from loracompose.composers.selection import Selection
+from loracompose.composers.smora import Smora
 from loracompose.composers.ties import Ties
 from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.delta import LowRankDelta
@@ -340,6 +342,23 @@ ROWS: Mapping[str, Row] = {
         no_identity=Case(Phatgoose(learned(Phatgoose), phase="training"), ONE),
         weighted_sum=Case(Phatgoose(blank(Phatgoose)), PAIR),
         no_weighted_sum=Case(Phatgoose(learned(Phatgoose)), PAIR),
+    ),
+    "ramole": Row(
+        settings=(Ramole(learned(Ramole)), Ramole(learned(Ramole), elsewhere="untrained")),
+        identity=Case(Ramole(learned(Ramole)), HALF),  # shares sum to 1 whatever the weights
+        no_identity=Case(Ramole(learned(Ramole)), PAIR),
+        weighted_sum=Case(
+            Ramole(learned(Ramole, spread=0.0)), PAIR
+        ),  # a router before its first step is the uniform sum
+        no_weighted_sum=Case(Ramole(learned(Ramole)), PAIR),
+    ),
+    "smora": Row(
+        # the form for pools; the form of one adapter refuses all others and has its laws in test_smora.py
+        settings=(Smora(learned(Smora)), Smora(learned(Smora), active=1), Smora(learned(Smora), active=ALL)),
+        identity=Case(Smora(learned(Smora, spread=0.0), active=ALL), ONE),
+        no_identity=Case(Smora(learned(Smora), active=ALL), ONE),
+        weighted_sum=Case(Smora(learned(Smora, spread=0.0), active=ALL), EVERY),
+        no_weighted_sum=Case(Smora(learned(Smora, spread=0.0)), EVERY),
     ),
 }
 

@@ -24,8 +24,10 @@ from loracompose.composers.milora import Milora
 from loracompose.composers.mixture import Mixture
 from loracompose.composers.mole import Mole
 from loracompose.composers.phatgoose import Phatgoose
+from loracompose.composers.ramole import Ramole
 from loracompose.composers.rank_gating import RankGating
 from loracompose.composers.selection import Selection
+from loracompose.composers.smora import Smora
 from loracompose.composers.ties import Ties
 from loracompose.composition.router import Router
 
@@ -51,6 +53,8 @@ COMPOSERS: Mapping[str, type[Composer]] = MappingProxyType(
             Mole,
             Milora,
             Phatgoose,
+            Ramole,
+            Smora,
         )
     }
 )

@@ -87,5 +87,6 @@ class LowRankDelta:
             g = self.weights[:, None, :]  # (batch, 1, R)
         else:
             g = self.gate(x, h, self.weights, context or GateContext(module=""))
-        # Not h * g alone: an adapter that overflows must not turn rows that do not use it into inf * 0 = nan.
-        return torch.where(g != 0, h * g, 0.0) @ self.B.mT
+        # Not h * g alone: an adapter that overflows must not turn rows that do not use it, nor the gradients of their
+        # gates, into inf * 0 = nan.
+        return (torch.where(g != 0, h, 0.0) * g) @ self.B.mT

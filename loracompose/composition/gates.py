@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -90,4 +90,18 @@ class Gate(Protocol):
         Returns:
             Multipliers, broadcastable to (batch, seq, R), weights included.
         """
+        ...
+
+
+@runtime_checkable
+class SparseGate(Gate, Protocol):
+    """A gate that knows from x alone which ranks act on a token, so that the others need not be multiplied."""
+
+    @property
+    def n_active(self) -> int | None:
+        """How many ranks act on each token; None if it cannot name them."""
+        ...
+
+    def few(self, x: Tensor, w: Tensor, context: GateContext) -> tuple[Tensor, Tensor]:
+        """The ranks that act and their multipliers, both (batch, seq, n_active); arguments as for `__call__`."""
         ...

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from loracompose.composition.delta import LowRankDelta
-from loracompose.composition.gates import GateContext
-from loracompose.runtime.plan import Form, choose_form
+from loracompose.composition.gates import GateContext, SparseGate
+from loracompose.runtime.plan import Form, active_pays, choose_form
 
 
 def gather_rows(delta: LowRankDelta) -> LowRankDelta:
@@ -26,6 +26,14 @@ def gather_rows(delta: LowRankDelta) -> LowRankDelta:
     return replace(delta, A=A, B=B.mT, weights=torch.ones_like(w))
 
 
+def run_active(delta: LowRankDelta, gate: SparseGate, x: Tensor, context: GateContext) -> Tensor:
+    """What the delta gives, (batch, seq, d_out), from the products of the ranks that act on each token alone."""
+    ranks, g = gate.few(x, delta.weights, context)  # (batch, seq, k)
+    h = (delta.A[ranks] @ x[..., None])[..., 0]  # (batch, seq, k)
+    h = torch.where(g != 0, h, 0.0) * g  # as in LowRankDelta: no inf * 0
+    return (h[..., None, :] @ delta.B.mT[ranks])[..., 0, :]
+
+
 class RowOperator:
     """Runs one delta on inputs of `batch` rows, or of a multiple when `generate` expands rows to beams.
 
@@ -38,6 +46,8 @@ class RowOperator:
         used = (delta.weights != 0).sum(dim=1)
         self._row_ranks = max(1, int(used.max()))
         self._forms: dict[tuple[Form, int], LowRankDelta] = {}
+        gate = delta.gate
+        self._sparse = gate if isinstance(gate, SparseGate) and gate.n_active is not None else None
 
     @property
     def gate_needs_layer_input(self) -> bool:
@@ -58,7 +68,17 @@ class RowOperator:
             raise ValueError(
                 f"{context.module}: {rows} rows of input for {batch} compositions; rows must be a multiple"
             )
-        return self._form(x, rows // batch)(x, context)
+        form = self._form(x, rows // batch)
+        if self._sparse is not None and self._active_pays(x):
+            return run_active(form, self._sparse, x, context)
+        return form(x, context)
+
+    def _active_pays(self, x: Tensor) -> bool:
+        delta, active = self._delta, self._sparse and self._sparse.n_active
+        if not active or delta.kind != "linear":
+            return False
+        width = delta.A.shape[-1] + delta.B.shape[-2]
+        return active_pays(x.shape[0] * x.shape[1], delta.A.shape[0], active, width, delta.A.itemsize)
 
     def _form(self, x: Tensor, times: int) -> LowRankDelta:
         delta = self._delta

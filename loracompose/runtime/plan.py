@@ -29,3 +29,28 @@ def choose_form(rows: int, seq: int, shared_ranks: int, row_ranks: int, itemsize
     shared = shared_ranks * (itemsize + 2 * rows * seq / OPERATIONS_PER_BYTE)
     gathered = rows * row_ranks * (itemsize + 2 * seq / OPERATIONS_PER_BYTE)
     return "gathered" if gathered < shared else "shared"
+
+
+# What gathering ranks token by token costs beyond its products: every number gathered is read, written and read again,
+# and small products run at half the speed of one large one, together six times its bytes; and some calls, worth as
+# much time as reading so many bytes.
+GATHERING = 6.0
+CALLS = 200_000.0
+
+
+def active_pays(tokens: int, ranks: int, active: int, width: int, itemsize: int) -> bool:
+    """Whether gathering the few ranks that act on each token is cheaper than multiplying all ranks and masking.
+
+    Fitted to one CPU thread and float32: with 8 active of 64 ranks it pays for a single token at widths of 4,096, not
+    at 576; of 256 ranks for up to about ten tokens. A prefill is always dense.
+
+    Args:
+        tokens: of all rows together in this call.
+        ranks: all ranks of the bank.
+        active: ranks that act on a token.
+        width: d_in + d_out.
+        itemsize: bytes per number.
+    """
+    dense = ranks * (itemsize + 2 * tokens / OPERATIONS_PER_BYTE)
+    gathered = tokens * active * GATHERING * itemsize + CALLS / width
+    return gathered < dense

@@ -111,8 +111,8 @@ def train_adapter(
     examples = encode_examples(loaded.tokenizer, rows, recipe.max_length)
     dev_examples = encode_examples(loaded.tokenizer, dev_rows, recipe.max_length) if dev_rows else ()
     steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch(len(examples), recipe.batch_size)))
-    with _seeded(recipe.seed, loaded.device), ExitStack() as stack:
-        model = _with_lora(loaded, recipe)
+    with seeded(recipe.seed, loaded.device), ExitStack() as stack:
+        model = with_lora(loaded, recipe)
         beam = _beam(model, recipe, steps)
         if beam is not None:
             stack.enter_context(beam.attached())
@@ -145,7 +145,12 @@ def train_adapter(
     return report
 
 
-def _with_lora(base: BaseModel, recipe: Recipe) -> PeftModel:
+def with_lora(base: BaseModel, recipe: Recipe) -> PeftModel:
+    """The base with fresh LoRA factors in float32, which alone require gradients.
+
+    Raises:
+        ValueError: the base has no module of a target's name.
+    """
     kind = TaskType.SEQ_2_SEQ_LM if base.model.config.is_encoder_decoder else TaskType.CAUSAL_LM
     names = {name.rsplit(".", 1)[-1] for name, _ in base.model.named_modules()}
     if missing := [name for name in recipe.target_modules if name.rsplit(".", 1)[-1] not in names]:
@@ -170,7 +175,7 @@ def _beam(model: PeftModel, recipe: Recipe, steps: int) -> BeamLora | None:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators, which PEFT's initialisation and dropout draw from, and give them back unchanged."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -13,6 +13,7 @@ from loracompose.composers.mixture import Mixture
 from loracompose.composers.ties import Ties
 from loracompose.composition.bank import content_order, gather_banks
 from tests.composers.one_module import factors, pool
+from tests.laws import ROWS
 
 GATED = [name for name in COMPOSERS if COMPOSERS[name].scope != "static"]
 
@@ -57,7 +58,7 @@ def test_base_model_and_task_are_kept_where_the_sources_agree():
 @pytest.mark.parametrize("name", GATED)
 def test_a_gated_composer_refuses_to_merge_and_says_why(name: str):
     with pytest.raises(ValueError, match="multipliers depend on the input"):
-        compose(pool(2, 2), composer=name)
+        compose(pool(2, 2), composer=ROWS[name].settings[0])
 
 
 @pytest.mark.parametrize("name", sorted(set(COMPOSERS) - set(GATED)))

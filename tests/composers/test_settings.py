@@ -56,5 +56,12 @@ def test_a_fitted_weight_that_is_no_finite_number_is_refused(weight: object):
 
 def test_every_kind_of_number_is_among_the_fields_tested():
     tested = {pair for kinds in (("int", "int | None"), ("float", "float | None")) for pair in fields_of(*kinds)}
-    assert {("lego", "k"), ("linear", "rank"), ("ties", "density"), ("knots", "tolerance"), ("arrow", "top_k")} < tested
+    assert {
+        ("smora", "active"),
+        ("lego", "k"),
+        ("linear", "rank"),
+        ("ties", "density"),
+        ("knots", "tolerance"),
+        ("arrow", "top_k"),
+    } < tested
     assert {f.type for composer in COMPOSERS.values() for f in fields(composer)} & {"int", "float"} == {"int", "float"}

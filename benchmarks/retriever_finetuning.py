@@ -101,7 +101,9 @@ def measure(setting: Setting, encoder: str, work: Path) -> dict:
     texts = setting.prompts + [text for group in setting.examples.values() for text in group]
     embedder.learn([*texts, *(INSTRUCTION + text for text in texts)])
     found: dict[str, dict] = {}
-    with AdapterIndex.build(pool(setting, work), work / "index", embedder=embedder, overwrite=True) as index:
+    with AdapterIndex.build(
+        pool(setting, work), work / "indexes" / setting.name / embedder.revision[7:], embedder=embedder, overwrite=True
+    ) as index:
         for scoring in SCORINGS:
             result = index.search(setting.prompts, k=len(index), scoring=scoring)
             names = [card.name for card in result.cards]

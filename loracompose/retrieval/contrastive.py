@@ -168,11 +168,11 @@ def run_contrastive(
         on_step: called after every step; an exception it raises stops the run, which can be continued.
 
     Raises:
-        ValueError: the loss is not finite, or the encoder has no such layers.
+        ValueError: the loss is not finite, or the encoder is of a kind that cannot be trained here.
     """
     length = model.max_seq_length
     with _random_state(model.device):
-        _freeze(model, recipe.layers)
+        _freeze(model, recipe.depth)
         model.max_seq_length = recipe.max_length if length is None else min(length, recipe.max_length)
         trainer = _Trainer(
             batches,
@@ -214,25 +214,26 @@ def _arguments(
     )
 
 
-def _freeze(model: SentenceTransformer, layers: int | None) -> None:
+def _freeze(model: SentenceTransformer, depth: float) -> None:
     """Leave what is trained: all but the token embeddings, or the last layers alone."""
     transformer = getattr(model[0], "auto_model", None)
     if transformer is None:
         raise ValueError(f"{type(model[0]).__name__} is no transformer: only transformer encoders can be trained here")
     transformer.get_input_embeddings().requires_grad_(False)
-    if layers is not None:
+    if depth < 1:
         transformer.requires_grad_(False)
-        _layers(transformer, layers).requires_grad_(True)
+        layers = _layers(transformer)
+        layers[len(layers) - math.ceil(depth * len(layers)) :].requires_grad_(True)
     if model.device.type == "cpu":
         transformer.set_attn_implementation("eager")  # faster than sdpa for short rows on a CPU
 
 
-def _layers(transformer: nn.Module, last: int) -> nn.ModuleList:
+def _layers(transformer: nn.Module) -> nn.ModuleList:
     count = transformer.config.num_hidden_layers
-    stack = next((m for m in transformer.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
-    if stack is None or last > count:
-        raise ValueError(f"layers must be in 1..{count} for {type(transformer).__name__}, got {last}; None trains all")
-    return stack[count - last :]
+    for module in transformer.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"the layers of {type(transformer).__name__} are not one list: train all of it with depth=1")
 
 
 def _last_complete(checkpoints: Path) -> str | None:

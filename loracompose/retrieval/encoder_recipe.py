@@ -21,7 +21,7 @@ class EncoderRecipe:
         warmup: steps over which the learning rate rises.
         weight_decay: of AdamW.
         clip: largest norm of a step's gradient.
-        layers: how many of the last layers are trained; None trains all of them. Token embeddings never are.
+        depth: part of the layers that is trained, counted from the last, rounded up; token embeddings never are.
         max_length: texts are cut after so many tokens in training; the encoder itself keeps its own length.
         views: whether texts are trained on with the instruction before them, without, or, by turns from batch to
             batch, both: an index compares both.
@@ -32,15 +32,15 @@ class EncoderRecipe:
         ValueError: a value is out of its range.
     """
 
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 24
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     temperature: float = 0.05
     warmup: int = 10
     weight_decay: float = 0.01
     clip: float = 1.0
-    layers: int | None = None
-    max_length: int = 128
+    depth: float = 0.5
+    max_length: int = 64
     views: View = "both"
     seed: int = 0
     save_every: int = 20
@@ -56,7 +56,7 @@ class EncoderRecipe:
         for name in ("learning_rate", "temperature", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if self.layers is not None and self.layers < 1:
-            raise ValueError(f"layers must be at least 1, got {self.layers}; None trains all")
+        if not 0 < self.depth <= 1:
+            raise ValueError(f"depth must be in (0, 1], got {self.depth}")
         if self.views not in get_args(View):
             raise ValueError(f"views must be one of {', '.join(get_args(View))}, got {self.views!r}")

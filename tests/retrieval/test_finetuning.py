@@ -140,20 +140,18 @@ def test_a_share_trains_on_that_part_of_the_adapters_only(train, tmp_path):
     assert json.loads((tmp_path / "a" / "training.json").read_text())["adapters"] == list(half.adapters)
 
 
-def test_token_embeddings_stay_and_all_layers_learn(train, tmp_path, encoder):
-    train(tmp_path / "a")
+def test_token_embeddings_stay_even_where_all_layers_learn(train, tmp_path, encoder):
+    train(tmp_path / "a", recipe=EncoderRecipe(epochs=1, batch_size=4, depth=1.0))
     before, after = weights(encoder), weights(tmp_path / "a")
     still = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in still if "pooler" not in name} == {"embeddings.word_embeddings.weight"}
 
 
-def test_only_the_last_layers_learn_where_the_recipe_says_so(train, tmp_path, encoder):
-    train(tmp_path / "a", recipe=EncoderRecipe(epochs=1, batch_size=4, layers=1))
+def test_the_last_half_of_the_layers_learns_unless_told_otherwise(train, tmp_path, encoder):
+    train(tmp_path / "a", recipe=EncoderRecipe(epochs=1, batch_size=4))
     before, after = weights(encoder), weights(tmp_path / "a")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("encoder.layer.1.")}
-    with pytest.raises(ValueError, match=r"layers must be in 1\.\.2 for BertModel, got 3"):
-        train(tmp_path / "b", recipe=EncoderRecipe(layers=3))
 
 
 def test_an_index_takes_the_folder_and_remembers_it(train, tmp_path, pool):
@@ -252,7 +250,7 @@ def test_a_share_out_of_range_is_refused(train, tmp_path, share):
         {"max_length": 4},
         {"seed": -1},
         {"clip": float("inf")},
-        {"layers": 0},
+        {"depth": 0},
     ],
 )
 def test_a_recipe_out_of_range_is_refused(wrong):

@@ -228,7 +228,7 @@ def _freeze(model: SentenceTransformer, depth: float) -> None:
         transformer.set_attn_implementation("eager")  # faster than sdpa for short rows on a CPU
 
 
-def _layers(transformer: nn.Module) -> nn.ModuleList:
+def _layers(transformer: Any) -> nn.ModuleList:
     count = transformer.config.num_hidden_layers
     for module in transformer.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

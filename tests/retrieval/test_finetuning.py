@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from loracompose import AdapterIndex
+from loracompose.cli import app
 from loracompose.models import encoder_revision, load_encoder
 from loracompose.retrieval.encoder_recipe import EncoderRecipe
 from loracompose.retrieval.finetuning import train_retriever
@@ -124,9 +127,11 @@ def test_the_callers_random_state_is_left_alone(train, tmp_path):
 
 
 def test_a_share_of_0_is_the_encoder_unchanged(train, tmp_path, encoder):
-    report = train(tmp_path / "a", share=0)
-    assert equal(weights(tmp_path / "a"), weights(encoder))
-    assert report.revision == encoder_revision(encoder) == encoder_revision(tmp_path / "a")
+    given = shutil.copytree(encoder, tmp_path / "given")
+    (given / "LICENSE.txt").write_text("with every file")
+    report = train(tmp_path / "a", share=0, encoder=str(given))
+    assert equal(weights(tmp_path / "a"), weights(given))
+    assert report.revision == encoder_revision(given) == encoder_revision(tmp_path / "a")
     assert (report.adapters, report.steps) == ((), 0)
 
 
@@ -229,6 +234,18 @@ def test_bad_profiles_are_refused(train, tmp_path, source, message):
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "a", source)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_trains_on_a_folder_of_adapters(encoder, pool, tmp_path):
+    given = [pool, "--encoder", encoder, "--epochs", 1, "--batch-size", 4, "--device", "cpu", "--json"]
+    command = [str(part) for part in ["train", "retriever", *given, "-o", tmp_path / "a"]]
+    made = CliRunner().invoke(app, command)
+    assert made.exit_code == 0, made.output
+    report = json.loads(made.stdout)
+    assert (report["steps"], report["examples"]) == (2, 12)
+    assert report["revision"] == encoder_revision(tmp_path / "a")
+    again = CliRunner().invoke(app, command)
+    assert (again.exit_code, "delete it" in again.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])

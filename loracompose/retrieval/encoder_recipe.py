@@ -11,7 +11,7 @@ View = Literal["both", "instructed", "plain"]
 
 @dataclass(frozen=True)
 class EncoderRecipe:
-    """Hyper-parameters of `train_retriever`. The paper names none of them; the defaults are measured.
+    """Hyper-parameters of `train_retriever`; the paper names none of them.
 
     Attributes:
         epochs: how often every example occurs in a pair.
@@ -24,7 +24,7 @@ class EncoderRecipe:
         depth: part of the layers that is trained, counted from the last, rounded up; token embeddings never are.
         max_length: texts are cut after so many tokens in training; the encoder itself keeps its own length.
         views: whether texts are trained on with the instruction before them, without, or, by turns from batch to
-            batch, both: an index compares both.
+            batch, both: an index compares both of whole prompts.
         seed: of the drawn adapters, the pairs, their order and the dropout.
         save_every: steps between two checkpoints.
 

@@ -10,11 +10,13 @@ on the adapters of 40 % of the tasks; 0 % and 100 % are its ablations. Where we 
 - The printed loss lacks the -log; this is InfoNCE as it is known.
 - Negatives are all other texts of a batch, whose pairs are of different adapters, and every text takes its turn as x:
   more comparisons for the same forward passes than p random negatives would give.
-- An index compares prompts with and without the instruction (`embedding.py`), so both are trained on, by turns.
-- The paper names no hyper-parameter. Ours are chosen on held-out example prompts, never on test prompts
-  (`benchmarks/retriever_finetuning.py`).
+- An index compares whole prompts with and without the instruction (`embedding.py`), so both are trained on, by turns.
+  Openings and closings of prompts, which it compares as well, are not trained on.
+- The paper names no hyper-parameter; `benchmarks/retriever_finetuning.py` compares recipes on held-out example prompts,
+  never on test prompts.
 
-What an index fits in closed form comes on top of the encoder, and is fitted on the same examples.
+What an index fits in closed form comes on top of the encoder. It is fitted on the examples that the encoder was trained
+on, which are then told apart more easily than prompts that it has not seen.
 """
 
 from __future__ import annotations

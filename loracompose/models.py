@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
-# Some encoders list what they were trained on; no loader reads that, so a cache may lack it.
-_TRAINING_DATA = "data_config.json"
+# What an encoder was trained on, and how it was fine-tuned here; no loader reads that, so a cache may lack it.
+_RECORDS = frozenset({"data_config.json", "training.json"})
 
 Source = Literal["path", "hub cache", "wheel", "hub", "given"]
 
@@ -213,7 +213,7 @@ def encoder_revision(name_or_path: str | Path = DEFAULT_ENCODER) -> str:
     Weights are its safetensors files, or else its pytorch_model*.bin; configuration and tokenizer are all JSON,
     text and sentencepiece files, such as the pooling, the longest sequence and the vocabulary. Files count by
     path and content, so the same encoder has the same revision whether it came from the Hub, a wheel or a folder;
-    the list of training data and hidden folders do not count. Costs one read (90 MB in about 0.1 s for the default).
+    records of the training and hidden folders do not count. Costs one read (90 MB in about 0.1 s for the default).
 
     Raises:
         LookupError: the encoder is not on this machine yet (`load_encoder` fetches it), or has no weight file.
@@ -236,7 +236,7 @@ def _settings(encoder: Path) -> list[Path]:
     """The files besides the weights that decide what vectors an encoder gives."""
     files = [file for pattern in ("*.json", "*.txt", "*.model") for file in encoder.rglob(pattern)]
     visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(encoder).parts)]
-    return [file for file in visible if file.is_file() and file.name != _TRAINING_DATA]
+    return [file for file in visible if file.is_file() and file.name not in _RECORDS]
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:

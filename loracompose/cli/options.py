@@ -25,6 +25,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a 
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def parse_composer(name: str, settings: list[str] | None, router: Path | None = None) -> Composer:

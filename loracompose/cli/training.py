@@ -1,20 +1,22 @@
-"""loracompose train: adapter, and router beside it."""
+"""loracompose train: adapter and retriever; router and smora beside it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from loracompose.cli import options, tables
 from loracompose.cli.errors import Commands
-from loracompose.cli.options import DEFAULT_BASE
+from loracompose.cli.options import DEFAULT_BASE, DEFAULT_ENCODER
 from loracompose.cli.quiet import quiet_loading
 from loracompose.cli.router_training import router
+from loracompose.retrieval.encoder_recipe import EncoderRecipe
 
 if TYPE_CHECKING:
+    from loracompose.retrieval.encoder_recipe import View
     from loracompose.training.beam_settings import BeamSettings
 
 Method = Literal["lora", "beam"]
@@ -112,3 +114,60 @@ def _beam_settings(
     if (threshold, period, temperature) != (None, None, None):
         raise ValueError(f"the options --beam-... belong to --method beam, and the method is {method}")
     return None
+
+
+@app.command()
+def retriever(
+    source: Annotated[
+        Path,
+        typer.Argument(help='An index, a folder of adapters with cards, or JSONL: {"adapter": ..., "prompt": ...}.'),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: a sentence-transformers model.")],
+    share: Annotated[
+        float, typer.Option(help="Part of the adapters whose examples are trained on; 0 trains none.")
+    ] = 1.0,
+    encoder: Annotated[str, typer.Option(help="Encoder to begin with: a folder or a Hub name.")] = DEFAULT_ENCODER,
+    epochs: Annotated[int, typer.Option(help="How often every example occurs in a pair.")] = EncoderRecipe.epochs,
+    batch_size: Annotated[int, typer.Option(help="Most pairs a step.")] = EncoderRecipe.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Highest of AdamW.")] = EncoderRecipe.learning_rate,
+    temperature: Annotated[float, typer.Option(help="Of the contrastive loss.")] = EncoderRecipe.temperature,
+    depth: Annotated[float, typer.Option(help="Part of the layers to train, from the last.")] = EncoderRecipe.depth,
+    max_length: Annotated[int, typer.Option(help="Tokens a text is cut to in training.")] = EncoderRecipe.max_length,
+    views: Annotated[str, typer.Option(help="both, instructed or plain.")] = EncoderRecipe.views,
+    seed: Annotated[int, typer.Option(help="Of the share, the pairs and dropout.")] = EncoderRecipe.seed,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")] = False,
+    device: options.Device = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Fine-tune the sentence encoder on the adapters' examples; an interrupted run continues where it stopped."""
+    from loracompose.retrieval.finetuning import train_retriever
+
+    quiet_loading()
+    recipe = EncoderRecipe(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        temperature=temperature,
+        depth=depth,
+        max_length=max_length,
+        views=cast("View", views),
+        seed=seed,
+    )
+    report = train_retriever(
+        source,
+        output,
+        share=share,
+        recipe=recipe,
+        encoder=encoder,
+        device=device,
+        resume=not restart,
+        progress=not as_json,
+    )
+    if as_json:
+        tables.show_json({**asdict(report), "output": str(report.output), "steps": report.steps})
+        return
+    out = tables.console()
+    out.print(f"{output}: {report.steps} steps on {report.examples} examples, {report.seconds:.0f} s")
+    if report.losses:
+        out.print(f"loss {report.losses[0]:.3f} → {report.losses[-1]:.3f}")
+    out.print(f"to use it: AdapterIndex.open(index, embedder={str(output)!r}, reembed=True)")

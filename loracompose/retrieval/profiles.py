@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from loracompose.retrieval.admission import CONFIG_FILE
-from loracompose.retrieval.building import CATALOG_FILE
 from loracompose.retrieval.cards import CARD_FILE, Card, read_card
 from loracompose.retrieval.catalog import Catalog
+from loracompose.retrieval.placement import CATALOG_FILE
 
 Profiles = Mapping[str, tuple[str, ...]]
 """Example prompts by the name of their adapter."""

@@ -1,4 +1,4 @@
-"""loracompose bench crash."""
+"""loracompose bench crash | retrieval."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 
 from loracompose.cli import options, tables
 from loracompose.cli.errors import Commands
+from loracompose.cli.quiet import quiet_loading
+from loracompose.cli.retrieval_tables import retrieval_tables, rounded
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure, and write the numbers down.")
 
@@ -42,3 +44,34 @@ def crash(
     else:
         tables.console().print(tables.crash_table(report))
     raise typer.Exit(1 if report.failures else 0)
+
+
+@app.command()
+def retrieval(
+    data: Annotated[Path, typer.Option(help="profiles.jsonl with dev.jsonl, or <task>.train and .test.jsonl.")],
+    examples: Annotated[int, typer.Option(help="Prompts of a profile, where profiles are drawn.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    encoder: Annotated[str | None, typer.Option(help="Sentence encoder; the default one if not given.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="SVG or PNG file to draw.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure how often a prompt's own adapter is among the first k, by every channel and plainer ways."""
+    from loracompose.benchmarks.retrieval import is_the_papers, measure
+    from loracompose.benchmarks.retrieval_data import read_retrieval_data
+    from loracompose.benchmarks.retrieval_figure import draw
+
+    quiet_loading()
+    found = read_retrieval_data(data, examples=examples, seed=seed)
+    with tables.console().status(f"embedding {len(found.prompts):,} prompts"):
+        result = measure(found, encoder, paper=is_the_papers(data))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
+    if figure is not None:
+        draw(result, figure)
+    if as_json:
+        tables.show_json(result)
+        return
+    for made in retrieval_tables(result):
+        tables.console().print(made)

@@ -59,6 +59,48 @@ class Spectra:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Examples as the channels score them when they are held out, and what of the discriminants that needed.
+
+    `seen`: one by one; `anew`: with all of their phrasing (`phrasing.py`). `whole`, `edges`: shrinkage and spread.
+    """
+
+    seen: Queries
+    anew: Queries
+    whole: tuple[float, float]
+    edges: tuple[float, float]
+
+
+def hold_out(examples: Examples, rows: Sequence[int], spectra: Spectra, lexicon: Lexicon) -> HeldOut:
+    """Score the examples of some adapters of a pool, each held out, by every channel of the hybrid.
+
+    Args:
+        examples: features of the examples of these adapters, each (examples, width).
+        rows: the row of the pool that each of them is.
+        spectra: of the whole pool.
+        lexicon: of the whole pool.
+    """
+    texts, ends = [whole(group) for group in examples], [edges(group) for group in examples]
+    of_texts, of_ends = fit_discriminant(spectra.whole, texts, rows), fit_discriminant(spectra.edges, ends, rows)
+    channels = [
+        _held_out(spectra.whole, texts, rows, *of_texts),
+        _held_out(spectra.edges, ends, rows, *of_ends),
+        lexicon.held_out(rows),
+    ]
+    profiles = [lexicon.profiles[row] for row in rows]
+    scores, own = held_out_scores(
+        phrasing_folds(profiles),
+        profiles,
+        examples,
+        [
+            lambda kept, queries: _fits([whole(group) for group in kept], whole(queries), *of_texts),
+            lambda kept, queries: _fits([edges(group) for group in kept], edges(queries), *of_ends),
+        ],
+    )
+    return HeldOut(Queries(channels, own_columns(examples, rows)), Queries(scores, own, UNSEEN), of_texts, of_ends)
+
+
 def fit(means: NDArray[np.float32], examples: Examples, spectra: Spectra, lexicon: Lexicon) -> Fitted:
     """Choose everything for a pool of K adapters.
 
@@ -72,42 +114,17 @@ def fit(means: NDArray[np.float32], examples: Examples, spectra: Spectra, lexico
     rows = range(0, len(examples), step)
     sample = [examples[row] for row in rows]
     under = [instructed(group) for group in sample]
-    texts, ends = [whole(group) for group in sample], [edges(group) for group in sample]
-    shrinkage, spread = fit_discriminant(spectra.whole, texts, rows)
-    edges_shrinkage, edges_spread = fit_discriminant(spectra.edges, ends, rows)
-    meanings = _held_out(spectra.whole, texts, rows, shrinkage, spread)
-    channels = [
-        meanings,
-        _held_out(spectra.edges, ends, rows, edges_shrinkage, edges_spread),
-        lexicon.held_out(rows),
-    ]
-    profiles = [lexicon.profiles[row] for row in rows]
-    seen = Queries(channels, own_columns(sample, rows))
-    anew = held_out_scores(
-        phrasing_folds(profiles),
-        profiles,
-        sample,
-        [
-            lambda kept, queries: _fits([whole(g) for g in kept], whole(queries), shrinkage, spread),
-            lambda kept, queries: _fits([edges(g) for g in kept], edges(queries), edges_shrinkage, edges_spread),
-        ],
-    )
-    meaning, edge, wording = fit_weights([seen, Queries(*anew, weight=UNSEEN)])
+    held = hold_out(sample, rows, spectra, lexicon)
+    meaning, edge, wording = fit_weights([held.seen, held.anew])
+    texts, ends, words = held.seen.channels
     cosines, _ = held_out_cosines(means, under, rows)
     calibration = {
-        "hybrid": _best(meaning * channels[0] + edge * channels[1] + wording * channels[2]),
-        "discriminant": _best(meanings),
+        "hybrid": _best(meaning * texts + edge * ends + wording * words),
+        "discriminant": _best(texts),
         "mean": _best(cosines.astype(np.float64)),
     }
-    return Fitted(
-        shrinkage,
-        spread,
-        edges_shrinkage,
-        edges_spread,
-        (meaning, edge, wording),
-        fit_temperature(means, under, rows),
-        calibration,
-    )
+    temperature = fit_temperature(means, under, rows)
+    return Fitted(*held.whole, *held.edges, (meaning, edge, wording), temperature, calibration)
 
 
 def _held_out(spectrum: Spectrum, groups: Examples, rows: Sequence[int], shrinkage: float, spread: float) -> Floats:

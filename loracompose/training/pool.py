@@ -14,7 +14,7 @@ from loracompose.adapters.lora import Adapter
 from loracompose.composers.base import Pool
 from loracompose.composition.bank import content_order, gather_banks
 from loracompose.models import BaseModel
-from loracompose.retrieval.building import CATALOG_FILE
+from loracompose.retrieval.placement import CATALOG_FILE
 from loracompose.retrieval.index import AdapterIndex
 
 Adapters = AdapterIndex | str | Path | Sequence[str | Path | Adapter]

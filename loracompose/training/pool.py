@@ -14,8 +14,8 @@ from loracompose.adapters.lora import Adapter
 from loracompose.composers.base import Pool
 from loracompose.composition.bank import content_order, gather_banks
 from loracompose.models import BaseModel
-from loracompose.retrieval.placement import CATALOG_FILE
 from loracompose.retrieval.index import AdapterIndex
+from loracompose.retrieval.placement import CATALOG_FILE
 
 Adapters = AdapterIndex | str | Path | Sequence[str | Path | Adapter]
 CONFIG_FILE = "adapter_config.json"

@@ -9,6 +9,7 @@ from loracompose.benchmarks import victim
 from loracompose.benchmarks.material import word_encoder, write_adapter
 
 ROUNDS = 6
+PATIENCE = 300.0  # seconds
 BASE, PAIR = ("a", "b", "c"), ("x", "y")
 
 
@@ -52,6 +53,12 @@ def write(home, pool, answer):
         raise
 
 
+def answer_of(pipe):
+    """What a process answers, which it must do in time: one that was killed never does."""
+    assert pipe[0].poll(PATIENCE)
+    return pipe[0].recv()
+
+
 def test_processes_that_read_while_another_writes_see_states_that_were(tmp_path):
     for name in BASE:
         write_adapter(tmp_path / "base" / name, 0)
@@ -68,11 +75,11 @@ def test_processes_that_read_while_another_writes_see_states_that_were(tmp_path)
     for reader in readers:
         reader.start()
     for _ in readers:
-        ready.acquire()
+        assert ready.acquire(timeout=PATIENCE)
     writer.start()
-    assert pipes[2][0].recv() == "done"
+    assert answer_of(pipes[2]) == "done"
     stop.set()
-    seen = [pipe[0].recv() for pipe in pipes[:2]]
+    seen = [answer_of(pipe) for pipe in pipes[:2]]
     for process in (*readers, writer):
         process.join()
     states = {BASE, (*BASE, "x"), (*BASE, "x", "y"), (*BASE, "y")}

@@ -43,8 +43,8 @@ def retrieval_tables(result: Mapping[str, Any]) -> list[Table]:
         for part, found in result["scorings"]["hybrid"].items()
         for alpha, entry in found["abstention"].items()
     ]
-    heads = ("rows", "alpha", "% to the base", "% right of the others")
-    made.append(table("conformal abstention of the hybrid", heads, abstained, right=(1, 2, 3)))
+    columns = ("rows", "alpha", "% to the base", "% right of the others")
+    made.append(table("conformal abstention of the hybrid", columns, abstained, right=(1, 2, 3)))
     per_prompt = f"{result['query_ms_beyond_encoder']:.2f} ms a prompt beyond the encoder"
     made[-1].caption = f"fitted in {result['fit_seconds']:.2f} s; {per_prompt}"
     return made

@@ -240,7 +240,8 @@ def test_an_adapter_object_stands_for_its_own_factors(engine):
 def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it(engine):
     factors = {"model.layers.0.self_attn.q_proj": LoraFactors(torch.full((2, 32), 3e38), torch.full((32, 2), 1e-38))}
     prompts, sets = ["x y"] * 3, [[Adapter("evil", factors)], ["sql"], []]
-    for composer in sorted(COMPOSERS.keys() - {"knots", "arrow", "rank_gating"}):
+    learns_nothing = {name for name, kind in COMPOSERS.items() if not hasattr(kind, "initial")}
+    for composer in sorted(learns_nothing - {"knots", "arrow", "rank_gating"}):
         batch = engine.generate(prompts, adapters=sets, composer=composer, max_new_tokens=5)
         clean = engine.generate(prompts[1:], adapters=sets[1:], composer=composer, max_new_tokens=5)
         assert texts(batch)[1:] == texts(clean), composer

@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from loracompose import AdapterIndex, Engine, load_adapter
+from loracompose import COMPOSERS, Adapter, AdapterIndex, Engine, LoraFactors, load_adapter
+from loracompose.composers.base import Pool
 from loracompose.composers.cat import Cat
 from loracompose.composers.lora_flow import LoraFlow
+from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.router import load_router, save_router
 from loracompose.retrieval.embedding import CallableEmbedder
 from loracompose.training.router import train_router
@@ -147,3 +149,20 @@ def test_a_static_method_that_learned_is_exported(home, tmp_path):
         learned = engine.generate(PROMPTS[:1], adapters=[["french", "mood"]], max_new_tokens=5)
         plain = engine.generate(PROMPTS[:1], adapters=[[tmp_path / "merged"]], max_new_tokens=5, composer="mixture")
     assert texts(learned) == texts(plain)
+
+
+LEARNED = {name for name, kind in COMPOSERS.items() if hasattr(kind, "initial")}
+
+
+@pytest.mark.parametrize("name", sorted(LEARNED - {"smora"}))  # whose canonical ranks are a decomposition: it says so
+def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it(home, name):
+    factors = {"model.layers.0.self_attn.q_proj": LoraFactors(torch.full((2, 32), 3e38), torch.full((32, 2), 1e-38))}
+    evil, sql = Adapter("evil", factors), load_adapter(home / "pool" / "sql")
+    ordered = [(evil, sql)[i] for i in content_order([evil, sql])]
+    kind = COMPOSERS[name]
+    pool = Pool("base", 32, tuple(adapter.name for adapter in ordered), gather_banks(ordered))
+    composer, settings = kind(kind.initial(pool, 0, {})), {"max_new_tokens": 5}
+    with make_engine(home) as engine:
+        batch = engine.generate(["x y"] * 3, adapters=[[evil], [sql], []], composer=composer, **settings)
+        clean = engine.generate(["x y"] * 2, adapters=[[sql], []], composer=composer, **settings)
+    assert texts(batch)[1:] == texts(clean)

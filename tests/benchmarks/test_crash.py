@@ -19,15 +19,15 @@ from loracompose.retrieval.index import AdapterIndex
 
 def test_an_index_survives_kills_at_calls_all_over_the_library(tmp_path):
     """Every kill comes before a call that the seed decides; `loracompose bench crash` adds kills by the clock."""
-    options = ["--kills", "12", "--seed", "3", "--by-clock", "0", "-o", str(tmp_path / "crash.json")]
+    options = ["--kills", "15", "--seed", "3", "--by-clock", "0", "-o", str(tmp_path / "crash.json")]
     result = CliRunner().invoke(app, ["bench", "crash", *options])
     assert result.exit_code == 0, result.output
-    assert "12 kills" in result.output
+    assert "15 kills" in result.output
     report = json.loads((tmp_path / "crash.json").read_text())
     assert report["failures"] == []
-    assert report["kills"] == 12
+    assert report["kills"] == 15
     assert report["operations"] == sum(report["acknowledged"].values()) + sum(report["in_flight"].values())
-    assert 0 < sum(report["in_flight"].values()) <= 12
+    assert 0 < sum(report["in_flight"].values()) <= 15
 
 
 def test_a_journal_tells_what_was_acknowledged_and_what_was_in_flight(tmp_path):

@@ -42,6 +42,7 @@ def test_a_snapshot_is_an_index_that_finds_the_same_and_whose_paths_are_right(or
     report = original.snapshot(tmp_path / "deep" / "er" / "saved")
     assert (report.adapters, report.missing) == (4, ())
     with AdapterIndex.open(report.folder, embedder=embedder) as saved:
+        assert saved.verify().ok
         assert contents(saved) == before
         assert saved.verify().ok
         inside = original.catalog.settings.copies

@@ -118,12 +118,18 @@ def test_a_damaged_file_of_an_interrupted_build_is_named(pool, tmp_path, embedde
 
 
 def test_an_index_is_built_by_one_at_a_time(pool, tmp_path, embedder):
-    with (
-        locked(tmp_path / ".index.unfinished", create=True),
-        pytest.raises(BlockingIOError, match="is being made by another process"),
-    ):
-        AdapterIndex.build(pool, tmp_path / "index", embedder=embedder)
-    AdapterIndex.build(pool, tmp_path / "index", embedder=embedder).close()
+    refused = []
+
+    def meanwhile(texts):
+        if any("seven" in text for text in texts):
+            with pytest.raises(BlockingIOError, match="is being made by another process") as told:
+                AdapterIndex.build(pool, tmp_path / "index", embedder=embedder)
+            refused.append(told)
+        return bag_of_words(texts)
+
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=CallableEmbedder(meanwhile, "words")) as index:
+        assert len(refused) == 1
+        assert index.verify().ok
     assert hidden(tmp_path) == []
 
 

@@ -17,6 +17,7 @@ from loracompose.retrieval.index import AdapterIndex
 
 State = Literal["ok", "warning", "problem"]
 PACKAGES = ("torch", "transformers", "peft", "sentence-transformers", "faiss-cpu", "safetensors", "numpy")
+REBUILD = "rebuild it: loracompose index build ADAPTERS INDEX --overwrite"
 OPTIONAL = {"gguf": "gguf", "nevergrad": "lorahub"}  # package -> extra that brings it
 
 
@@ -74,9 +75,14 @@ def index_health(folder: Path, base: str) -> Iterator[Finding]:
     try:
         index = AdapterIndex.open(folder)
     except (ValueError, LookupError, OSError) as error:
-        yield Finding("index", "problem", str(error), "rebuild it: loracompose index build ADAPTERS INDEX --overwrite")
+        yield Finding("index", "problem", str(error), REBUILD)
         return
     with index:
+        try:
+            index.prepare()
+        except (ValueError, LookupError, OSError) as error:
+            yield Finding("index", "problem", str(error), REBUILD)
+            return
         yield Finding("index", "ok", f"{folder}: {len(index)} adapters")
         for problem in index.verify().problems:
             subject = f"adapter {problem.adapter}" if problem.adapter else "index"

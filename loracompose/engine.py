@@ -92,6 +92,7 @@ class Engine:
         base = open_base(model, device, dtype, tokenizer)
         if isinstance(index, str | Path):
             index = AdapterIndex.open(index)
+            index.prepare()  # so that what is wrong with it is said now, not with the first prompt
         # Composed in float32 or better and rounded once, to the dtype of the model, when it is put on.
         precise = torch.promote_types(base.dtype, torch.float32)
         store = AdapterStore(max_bytes=STORE_BYTES, device=base.device, dtype=precise, base=base.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -84,6 +85,32 @@ def test_verify_fails_when_an_adapter_has_changed(home, tmp_path):
     report = json.loads(run("index", "verify", tmp_path / "index", "--json", status=1).stdout)
     assert report["problems"][0]["adapter"] == "sql"
     assert "sql" in run("index", "verify", tmp_path / "index", status=1).stdout
+
+
+def test_an_index_is_compacted_saved_restored_and_repaired(home, tmp_path):
+    index, saved = tmp_path / "index", tmp_path / "saved"
+    run("index", "build", home / "pool", index, "--copy")
+    assert read("index", "snapshot", index, saved)["adapters"] == 4
+    assert "adapters, 0.1 MB" in run("index", "snapshot", index, tmp_path / "again").stdout
+    run("index", "remove", index, "sql")
+    assert read("index", "compact", index)["deleted"] == []
+    assert "leftovers deleted" in run("index", "compact", index).stdout.replace("\n", " ")
+    assert read("index", "restore", saved, index) == {"ok": True, "problems": []}
+    assert len(read("index", "list", index)) == 4
+    (index / "adapters" / "0123456789ab").mkdir()
+    shutil.rmtree(next(index.rglob("sql")))
+    assert "missing" in run("index", "verify", index, status=1).stdout
+    report = json.loads(run("index", "verify", index, "--repair", "--json", status=1).stdout)
+    assert ([p["kind"] for p in report["mended"]], [p["kind"] for p in report["problems"]]) == (
+        ["leftover"],
+        ["missing"],
+    )
+    repaired = run("index", "verify", index, "--repair", "--look-in", home / "pool").stdout
+    assert "1 mended" in repaired
+    assert "ok" in repaired
+    assert "belongs to --repair" in run("index", "verify", index, "--look-in", saved, status=2).stderr
+    (saved / "snapshot.json").write_text("{}")
+    assert "format version None" in run("index", "restore", saved, index, status=2).stderr
 
 
 def test_generate_answers_a_mixed_batch_with_its_trace(home, tmp_path):

@@ -1,7 +1,8 @@
-"""loracompose index build | add | remove | search | list | verify."""
+"""loracompose index build | add | remove | search | list | verify | compact | snapshot | restore."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from loracompose.cli.quiet import quiet_loading
 
 if TYPE_CHECKING:
     from loracompose.retrieval.explanation import Explanation
+    from loracompose.retrieval.verification import Problem, VerifyReport
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Build, change and search an index of adapters.")
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
@@ -39,6 +41,8 @@ def build(
         tables.show_json({"index": str(index), "added": [card.name for card in made.cards], "skipped": skipped})
     else:
         tables.console().print(f"{index}: {len(made)} adapters indexed from {adapters}")
+        if made.report and made.report.resumed:
+            tables.console().print(f"{made.report.resumed} of them had been embedded by a build that was interrupted")
         if skipped:
             rows = [(escape(n), escape(w)) for n, w in skipped.items()]
             tables.console().print(tables.table("left out", ("folder", "why"), rows))
@@ -79,7 +83,6 @@ def remove(
     """Remove adapters from an index; a record of the deletion stays."""
     from loracompose import AdapterIndex
 
-    quiet_loading()
     opened = AdapterIndex.open(index)
     for name in names:
         opened.remove(name)
@@ -140,7 +143,6 @@ def list_adapters(index: Folder, as_json: options.AsJson = False) -> None:
     """List the adapters of an index."""
     from loracompose import AdapterIndex
 
-    quiet_loading()
     cards = AdapterIndex.open(index).cards
     if as_json:
         tables.show_json([{"name": c.name, "description": c.description, "tags": list(c.tags)} for c in cards])
@@ -151,18 +153,85 @@ def list_adapters(index: Folder, as_json: options.AsJson = False) -> None:
 
 
 @app.command()
-def verify(index: Folder, as_json: options.AsJson = False) -> None:
-    """Check that every adapter is there and unchanged, and that the search structure agrees with the catalog."""
+def verify(
+    index: Folder,
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be derived again or found.")] = False,
+    look_in: Annotated[
+        list[Path] | None,
+        typer.Option(help="With --repair: a folder of adapters that may have moved; may be repeated."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Check every adapter and everything derived from it by content; status 1 if something is wrong, still."""
+    from loracompose import AdapterIndex
+    from loracompose.retrieval.verification import VerifyReport
+
+    if look_in and not repair:
+        raise typer.BadParameter("--look-in belongs to --repair")
+    quiet_loading()
+    with AdapterIndex.open(index) as opened:
+        repaired = opened.repair(look_in=look_in or ()) if repair else None
+        report = VerifyReport(len(opened), repaired.remaining) if repaired else opened.verify()
+    _show_problems(str(index), report, repaired.mended if repaired else (), as_json)
+
+
+@app.command()
+def compact(index: Folder, as_json: options.AsJson = False) -> None:
+    """Give back the space of what was removed, and of what a killed process left."""
     from loracompose import AdapterIndex
 
-    quiet_loading()
-    opened = AdapterIndex.open(index)
-    report = opened.verify()
+    with AdapterIndex.open(index) as opened:
+        report = opened.compact()
     if as_json:
-        tables.show_json({"ok": report.ok, "problems": [asdict(problem) for problem in report.problems]})
-    elif report.ok:
-        tables.console().print(f"[green]ok[/] {index}: {len(opened)} adapters present and unchanged")
+        tables.show_json(asdict(report))
+        return
+    sizes = f"{report.bytes_before / 1e6:.1f} MB before, {report.bytes_after / 1e6:.1f} MB now"
+    tables.console().print(f"{index}: {sizes}, {len(report.deleted)} leftovers deleted")
+
+
+@app.command()
+def snapshot(
+    index: Folder,
+    folder: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Copy an index as it is at one moment, while others use it; status 1 if a copied adapter was gone."""
+    from loracompose import AdapterIndex
+
+    with AdapterIndex.open(index) as opened:
+        report = opened.snapshot(folder)
+    if as_json:
+        tables.show_json({**asdict(report), "folder": str(report.folder)})
     else:
-        rows = [(escape(p.adapter or "the index"), escape(p.what), escape(p.remedy)) for p in report.problems]
-        tables.console().print(tables.table(f"{len(rows)} problems", ("where", "what", "remedy"), rows))
+        tables.console().print(f"{folder}: {report.adapters} adapters, {report.bytes / 1e6:.1f} MB")
+    for name in report.missing:
+        typer.echo(f"{name} is recorded, but its copy in the index is gone: loracompose index verify {index}", err=True)
+    raise typer.Exit(1 if report.missing else 0)
+
+
+@app.command()
+def restore(
+    folder: Annotated[Path, typer.Argument(help="Folder of a snapshot.")],
+    index: Annotated[Path, typer.Argument(help="Folder of the index, which is replaced if it is there.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Put the index of a snapshot in its place once the snapshot is proved whole."""
+    from loracompose import AdapterIndex
+
+    report = AdapterIndex.restore(folder, index)
+    _show_problems(str(index), report, (), as_json)
+
+
+def _show_problems(index: str, report: VerifyReport, mended: Sequence[Problem], as_json: bool) -> None:
+    if as_json:
+        lists = {"problems": report.problems, **({"mended": mended} if mended else {})}
+        found = {name: [asdict(problem) for problem in problems] for name, problems in lists.items()}
+        tables.show_json({"ok": report.ok, **found})
+    else:
+        if mended:
+            tables.console().print(tables.problem_table(f"{len(mended)} mended", mended))
+        if report.ok:
+            tables.console().print(f"[green]ok[/] {escape(index)}: {report.checked} adapters present and unchanged")
+        else:
+            tables.console().print(tables.problem_table(f"{len(report.problems)} problems", report.problems))
     raise typer.Exit(0 if report.ok else 1)

@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from loracompose.benchmarks.crash import CrashReport
     from loracompose.retrieval.explanation import Explanation
+    from loracompose.retrieval.verification import Problem
     from loracompose.trace import Generation
 
 BAR = 12  # cells of a full weight bar
@@ -109,3 +111,22 @@ def explanation_json(explanation: Explanation) -> dict[str, Any]:
         for candidate in explanation.candidates
     ]
     return {"prompt": explanation.prompt, "typicality": explanation.typicality, "found": found}
+
+
+def problem_table(title: str, problems: Iterable[Problem]) -> Table:
+    """What is wrong with an index, or was, with what mends it."""
+    rows = [(escape(p.adapter or "the index"), escape(p.what), escape(p.remedy)) for p in problems]
+    return table(title, ("where", "what", "remedy"), rows)
+
+
+def crash_table(report: CrashReport) -> Table:
+    """What a crash test did, by the kind of step, and under it what failed."""
+    rows = [
+        (kind, str(done), str(report.in_flight[kind]), str(report.survived[kind]))
+        for kind, done in report.acknowledged.items()
+    ]
+    heads = ("step", "acknowledged", "in flight when killed", "of these took effect")
+    outcome = f"[bold red]{len(report.failures)} failures[/]" if report.failures else "[green]no failure[/]"
+    made = table(f"{report.kills} kills, {report.operations} steps, {outcome}", heads, rows, right=(1, 2, 3))
+    made.caption = "\n".join(escape(failure) for failure in report.failures)
+    return made

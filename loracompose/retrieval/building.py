@@ -1,42 +1,37 @@
-"""Building an index: every adapter of a folder is checked, embedded and entered, aside, and then renamed."""
+"""Building an index: every adapter of a folder is checked, embedded and entered, aside, and then put in its place."""
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from loracompose.adapters.folder import sync
-from loracompose.retrieval.admission import CONFIG_FILE, COPIES, Admitted, admitted, foreign_copies
-from loracompose.retrieval.cards import Card
+from loracompose.retrieval.admission import CONFIG_FILE, Admitted, admitted
 from loracompose.retrieval.catalog import Catalog, Settings
-from loracompose.retrieval.embedding import Embedder, SentenceTransformerEmbedder, features, representation
+from loracompose.retrieval.embedding import Embedder, SentenceTransformerEmbedder
+from loracompose.retrieval.entering import embedded
+from loracompose.retrieval.placement import CATALOG_FILE, VECTORS_FILE, check_free, made_aside
+from loracompose.retrieval.resuming import EmbeddedSoFar
 from loracompose.retrieval.scoring import Scoring, check_scoring
 from loracompose.retrieval.snapshot import take_snapshot
 
-CATALOG_FILE = "catalog.sqlite"
-VECTORS_FILE = "vectors.faiss"
-
-# SQLite's own files beside the catalog, and what a crash in the middle of writing the faiss file leaves.
-_OWN = (*(CATALOG_FILE + end for end in ("", "-wal", "-shm", "-journal")), f"{VECTORS_FILE}*", f".{VECTORS_FILE}*")
+_TOGETHER = 1000  # adapters per transaction: one for each would wait for the disk, one for all make a long log
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What became of the subfolders of the source folder: names added, and the reason for each one left out."""
+    """What became of the subfolders of the source folder: names added, and the reason for each one left out.
+
+    `resumed` is the number of adapters whose embeddings an interrupted build had left.
+    """
 
     added: tuple[str, ...]
     skipped: Mapping[str, str]
+    resumed: int = 0
 
 
 def build(
@@ -51,18 +46,17 @@ def build(
     overwrite: bool,
     progress: bool,
 ) -> BuildReport:
-    """Build a whole index aside and rename it to `home`; arguments and errors are those of `AdapterIndex.build`."""
+    """Build a whole index aside and put it in its place; arguments and errors are those of `AdapterIndex.build`."""
     folders = _subfolders(source)
     _check_apart([source, *folders], home)
     check_free(home, overwrite=overwrite)  # before the encoder takes its time
     settings = describe(embedder, instruction=instruction, scoring=scoring, copies=copies)
-    with built_aside(home, overwrite=overwrite) as aside:
-        catalog = Catalog.create(aside / CATALOG_FILE, settings)
-        try:
-            report = _fill(folders, aside, catalog, embedder, strict=strict, progress=progress)
-            take_snapshot(catalog, aside / VECTORS_FILE)
-        finally:
-            catalog.close()
+    with made_aside(home, overwrite=overwrite) as aside, ExitStack() as stack:
+        entering, skipped = _admit(folders, aside.folder, stack, copies=copies, strict=strict, progress=progress)
+        with EmbeddedSoFar(aside.kept, settings) as done:
+            resumed = _embed(entering, done, embedder, settings, progress=progress)
+            _write(entering, done, aside.folder, settings)
+        report = BuildReport(tuple(new.card.name for new in entering), skipped, resumed)
     return report
 
 
@@ -71,7 +65,7 @@ def reembed(catalog: Catalog, embedder: Embedder) -> None:
     old, entries = catalog.settings, catalog.entries()
     scoring = check_scoring(old.scoring)
     settings = describe(embedder, instruction=old.instruction, scoring=scoring, copies=old.copies, epoch=old.epoch + 1)
-    embeddings = {entry.id: _embedded(entry.card, embedder, settings) for entry in entries}
+    embeddings = {entry.id: embedded(entry.card, embedder, settings) for entry in entries}
     catalog.replace_embeddings(settings, embeddings)
 
 
@@ -89,100 +83,56 @@ def describe(embedder: Embedder, *, instruction: str, scoring: Scoring, copies: 
     )
 
 
-def _fill(
-    folders: list[Path], home: Path, catalog: Catalog, embedder: Embedder, *, strict: bool, progress: bool
-) -> BuildReport:
-    """Enter every folder that is an adapter, in this order; strict raises, listing all that cannot be entered."""
-    settings = catalog.settings
+def _admit(
+    folders: list[Path], home: Path, stack: ExitStack, *, copies: bool, strict: bool, progress: bool
+) -> tuple[list[Admitted], dict[str, str]]:
+    """Check every folder that is an adapter, in this order; strict raises, listing all that cannot be entered."""
     skipped: dict[str, str] = {}
     refused: list[str] = []
     entering: list[Admitted] = []
-    with ExitStack() as stack:
-        for folder in _shown(folders, "checking", progress):
-            if not (folder / CONFIG_FILE).is_file():
-                skipped[folder.name] = f"no {CONFIG_FILE}: not an adapter"
-                continue
-            try:
-                entering.append(stack.enter_context(admitted(folder, home, copies=settings.copies)))
-            except (ValueError, LookupError, OSError) as error:
-                skipped[folder.name] = str(error)
-                refused.append(folder.name)
-        if strict and refused:
-            reasons = "\n".join(f"  {name}: {skipped[name]}" for name in refused)
-            raise ValueError(f"{len(refused)} adapters cannot be indexed:\n{reasons}")
-        for new in _shown(entering, "embedding", progress):
-            enter(catalog, embedder, settings, new)
-    return BuildReport(tuple(new.card.name for new in entering), skipped)
+    for folder in _shown(folders, "checking", progress):
+        if not (folder / CONFIG_FILE).is_file():
+            skipped[folder.name] = f"no {CONFIG_FILE}: not an adapter"
+            continue
+        try:
+            entering.append(stack.enter_context(admitted(folder, home, copies=copies)))
+        except (ValueError, LookupError, OSError) as error:
+            skipped[folder.name] = str(error)
+            refused.append(folder.name)
+    if strict and refused:
+        reasons = "\n".join(f"  {name}: {skipped[name]}" for name in refused)
+        raise ValueError(f"{len(refused)} adapters cannot be indexed:\n{reasons}")
+    return entering, skipped
 
 
-def enter(catalog: Catalog, embedder: Embedder, settings: Settings, new: Admitted, *, update: bool = False) -> None:
-    """Embed the examples of one adapter and write it to the catalog."""
-    embeddings = _embedded(new.card, embedder, settings)
-    write = catalog.replace if update else catalog.add
-    write(new.card, new.path, embeddings, epoch=settings.epoch)
+def _embed(
+    entering: list[Admitted], done: EmbeddedSoFar, embedder: Embedder, settings: Settings, *, progress: bool
+) -> int:
+    """Embed what is not embedded yet, and keep each at once; returns how many were there."""
+    resumed = sum(new.card.examples in done for new in entering)
+    for new in _shown(entering, "embedding", progress):
+        if new.card.examples not in done:
+            done.put(new.card.examples, embedded(new.card, embedder, settings))
+    return resumed
 
 
-def _embedded(card: Card, embedder: Embedder, settings: Settings) -> NDArray[np.float32]:
-    embeddings = features(embedder, card.examples, settings)
-    representation(embeddings, card.name)  # refuses what could not be searched
-    return embeddings
+def _write(entering: list[Admitted], done: EmbeddedSoFar, home: Path, settings: Settings) -> None:
+    """Write the catalog, and what is derived from it."""
+    with _created(home / CATALOG_FILE, settings) as catalog:
+        for start in range(0, len(entering), _TOGETHER):
+            with catalog.writing():
+                for new in entering[start : start + _TOGETHER]:
+                    catalog.add(new.card, new.path, done.get(new.card.examples))
+        take_snapshot(catalog, home / VECTORS_FILE)
 
 
 @contextmanager
-def built_aside(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling that becomes `folder` at the end, or disappears if the block fails.
-
-    Raises:
-        FileExistsError: the folder is there already, and `overwrite` is False, or it is not an index, or it holds
-            something else besides.
-    """
-    check_free(folder, overwrite=overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:8]
-    aside, old = (folder.with_name(f".{folder.name}.{word}-{token}") for word in ("building", "old"))
-    aside.mkdir()
+def _created(path: Path, settings: Settings) -> Iterator[Catalog]:
+    catalog = Catalog.create(path, settings)
     try:
-        yield aside
-        check_free(folder, overwrite=overwrite)
-        replaced = folder.exists()
-        if replaced:
-            folder.rename(old)
-        sync(aside)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if replaced:
-                old.rename(folder)
-            raise
+        yield catalog
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that must not be replaced: no index, an index without `overwrite`, or more than an index."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / CATALOG_FILE).is_file():
-        raise FileExistsError(f"{folder} exists and is not an index; choose another place")
-    if not overwrite:
-        raise FileExistsError(f"{folder} is an index already; open it, or build with overwrite=True")
-    if foreign := _foreign(folder):
-        raise FileExistsError(
-            f"{folder} is not replaced, for it holds what the index did not write: {', '.join(foreign[:10])}"
-            f"{', ...' if len(foreign) > 10 else ''}; move that elsewhere first"
-        )
-
-
-def _foreign(home: Path) -> list[str]:
-    """Entries of an index folder that no index writes, relative to it."""
-    others = [path for path in home.iterdir() if path.is_dir() or not any(fnmatch(path.name, own) for own in _OWN)]
-    copies = home / COPIES
-    if copies in others and not copies.is_symlink():
-        others.remove(copies)
-        others += foreign_copies(copies)
-    return sorted(path.relative_to(home).as_posix() for path in others)
+        catalog.close()
 
 
 def _check_apart(sources: list[Path], home: Path) -> None:

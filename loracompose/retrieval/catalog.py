@@ -37,7 +37,7 @@ class Catalog:
 
     def __init__(self, database: Database) -> None:
         self.path = database.path
-        self._database = database
+        self.database = database
 
     @classmethod
     def create(cls, path: Path, settings: Settings) -> Catalog:
@@ -47,7 +47,7 @@ class Catalog:
             FileExistsError: the file is there already.
         """
         catalog = cls(Database.create(path, tables.SCHEMA))
-        with catalog._database.writing():
+        with catalog.database.writing():
             catalog._set("format", str(FORMAT))
             catalog._set("generation", "0")
             catalog._set("settings", json.dumps(asdict(settings)))
@@ -78,20 +78,24 @@ class Catalog:
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
-        self._database.close()
+        self.database.close()
 
     def reading(self) -> AbstractContextManager[None]:
         """Everything read inside belongs to one generation."""
-        return self._database.reading()
+        return self.database.reading()
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Everything changed inside takes effect at its end, or not at all; other writers wait meanwhile."""
+        return self.database.writing()
 
     def damage(self) -> list[str]:
         """What SQLite finds wrong with the file itself; empty when it is sound."""
-        return self._database.damage()
+        return self.database.damage()
 
     @property
     def writable(self) -> bool:
         """Whether this user can change the catalog."""
-        return self._database.writable
+        return self.database.writable
 
     @property
     def generation(self) -> int:
@@ -104,23 +108,23 @@ class Catalog:
         return Settings(**json.loads(self._get("settings")))
 
     def __len__(self) -> int:
-        return int(self._database.rows("SELECT count(*) FROM adapters")[0][0])
+        return int(self.database.rows("SELECT count(*) FROM adapters")[0][0])
 
     def __contains__(self, name: object) -> bool:
         query = "SELECT 1 FROM adapters WHERE name = ?"
-        return isinstance(name, str) and bool(self._database.rows(query, name))
+        return isinstance(name, str) and bool(self.database.rows(query, name))
 
     def ids(self) -> list[int]:
         """Row ids of all adapters, in index order."""
-        return [row[0] for row in self._database.rows("SELECT id FROM adapters ORDER BY id")]
+        return [row[0] for row in self.database.rows("SELECT id FROM adapters ORDER BY id")]
 
     def names(self) -> list[str]:
         """Names of all adapters, in index order."""
-        return [row[0] for row in self._database.rows("SELECT name FROM adapters ORDER BY id")]
+        return [row[0] for row in self.database.rows("SELECT name FROM adapters ORDER BY id")]
 
     def example_count(self) -> int:
         """Number of example prompts of all adapters together."""
-        return int(self._database.rows("SELECT count(*) FROM examples")[0][0])
+        return int(self.database.rows("SELECT count(*) FROM examples")[0][0])
 
     def entry(self, name: str) -> Entry:
         """The adapter of this name, read alone.
@@ -129,15 +133,15 @@ class Catalog:
             LookupError: no adapter has this name.
         """
         with self.reading():
-            found = self._database.rows("SELECT id FROM adapters WHERE name = ?", name)
+            found = self.database.rows("SELECT id FROM adapters WHERE name = ?", name)
             if not found:
                 raise LookupError(self._unknown(name))
-            return tables.select_entries(self._database, [found[0][0]])[0]
+            return tables.select_entries(self.database, [found[0][0]])[0]
 
     def entries(self, ids: Sequence[int] | None = None) -> list[Entry]:
         """The adapters with these row ids (default: all), in index order; ids that are gone are left out."""
         with self.reading():
-            return tables.select_entries(self._database, self.ids() if ids is None else ids)
+            return tables.select_entries(self.database, self.ids() if ids is None else ids)
 
     def embeddings(self, id: int) -> NDArray[np.float32]:
         """Embeddings of one adapter's examples, (examples, width), in the order of its card.
@@ -146,12 +150,12 @@ class Catalog:
             ValueError: a stored embedding has the wrong number of bytes.
         """
         with self.reading():
-            return tables.select_embeddings(self._database, id, self.settings.width)
+            return tables.select_embeddings(self.database, id, self.settings.width)
 
     def tombstones(self, name: str | None = None) -> list[Tombstone]:
         """What was removed or replaced, oldest first; of one name or of all."""
         query = "SELECT name, fingerprint, removed_at FROM tombstones WHERE ?1 IS NULL OR name = ?1 ORDER BY id"
-        return [Tombstone(*row) for row in self._database.rows(query, name)]
+        return [Tombstone(*row) for row in self.database.rows(query, name)]
 
     def add(self, card: Card, path: str, embeddings: NDArray[np.float32], *, epoch: int = 0) -> Entry:
         """Add one adapter at the end.
@@ -182,9 +186,9 @@ class Catalog:
         """
         with self._changing():
             old = self.entry(card.name)
-            self._database.execute("DELETE FROM adapters WHERE id = ?", old.id)
+            self.database.execute("DELETE FROM adapters WHERE id = ?", old.id)
             if old.card.fingerprint != card.fingerprint:
-                tables.bury(self._database, old.card)
+                tables.bury(self.database, old.card)
             return self._insert(card, path, embeddings, epoch)
 
     def remove(self, name: str) -> Entry:
@@ -195,8 +199,8 @@ class Catalog:
         """
         with self._changing():
             old = self.entry(name)
-            self._database.execute("DELETE FROM adapters WHERE id = ?", old.id)
-            tables.bury(self._database, old.card)
+            self.database.execute("DELETE FROM adapters WHERE id = ?", old.id)
+            tables.bury(self.database, old.card)
             return old
 
     def replace_embeddings(self, settings: Settings, embeddings: Mapping[int, NDArray[np.float32]]) -> None:
@@ -210,28 +214,28 @@ class Catalog:
                 raise ValueError("the index changed while it was being embedded; run rebuild again")
             before = self.entries()
             self._set("settings", json.dumps(asdict(settings)))
-            self._database.execute("DELETE FROM examples")
+            self.database.execute("DELETE FROM examples")
             for entry in before:
-                tables.insert_examples(self._database, entry, embeddings[entry.id], settings.width)
+                tables.insert_examples(self.database, entry, embeddings[entry.id], settings.width)
 
     def note(self, key: str, generation: int, value: str) -> None:
         """Keep a value derived from this generation; dropped if the catalog moved on or is read-only."""
         if not self.writable:
             return
-        with self._database.writing():
+        with self.database.writing():
             if self.generation == generation:
                 query = "INSERT OR REPLACE INTO derived VALUES (?, ?, ?)"
-                self._database.execute(query, key, generation, value)
+                self.database.execute(query, key, generation, value)
 
     def noted(self, key: str, generation: int) -> str | None:
         """The value kept for this generation, None if there is none."""
         query = "SELECT value FROM derived WHERE key = ? AND generation = ?"
-        rows = self._database.rows(query, key, generation)
+        rows = self.database.rows(query, key, generation)
         return str(rows[0][0]) if rows else None
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        with self._database.writing():
+        with self.database.writing():
             self._set("generation", str(self.generation + 1))
             yield
 
@@ -239,15 +243,15 @@ class Catalog:
         settings = self.settings
         if settings.epoch != epoch:
             raise ValueError(f"the index was embedded anew while {card.name!r} was being embedded; try again")
-        entry = tables.insert_adapter(self._database, card, path)
-        tables.insert_examples(self._database, entry, embeddings, settings.width)
+        entry = tables.insert_adapter(self.database, card, path)
+        tables.insert_examples(self.database, entry, embeddings, settings.width)
         return entry
 
     def _get(self, key: str) -> str:
-        return str(self._database.rows("SELECT value FROM meta WHERE key = ?", key)[0][0])
+        return str(self.database.rows("SELECT value FROM meta WHERE key = ?", key)[0][0])
 
     def _set(self, key: str, value: str) -> None:
-        self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, value)
+        self.database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, value)
 
     def _unknown(self, name: str) -> str:
         names = self.names()

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from loracompose.adapters.folder import sync
+
 _BUSY_SECONDS = 30.0
 
 
@@ -94,10 +96,32 @@ class Database:
         Raises:
             PermissionError: the file was opened for reading only.
         """
-        if not self.writable:
-            raise PermissionError(f"{self.path} cannot be written; copy its folder to a place where it can")
+        self._check_writable()
         with self._transaction("BEGIN IMMEDIATE"):
             yield
+
+    def copy_to(self, path: Path) -> None:
+        """A copy of one state of the file, flushed to the disk; readers and writers go on meanwhile."""
+        self.rows("SELECT 1")  # refuses if another file stands at the path
+        source = Database.open(self.path)  # a connection of its own: no thread waits for the end
+        target = sqlite3.connect(path)
+        try:
+            source._connection.backup(target)
+        finally:
+            target.close()
+            source.close()
+        sync(path)
+
+    def compact(self) -> None:
+        """Give back the space of what was deleted, and empty the write-ahead log unless somebody reads from it.
+
+        Raises:
+            PermissionError: the file was opened for reading only.
+        """
+        self._check_writable()
+        with self._lock:
+            self._connection.execute("VACUUM")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def damage(self) -> list[str]:
         """What SQLite finds wrong with the file itself; empty when it is sound."""
@@ -126,6 +150,10 @@ class Database:
     def _roll_back(connection: sqlite3.Connection) -> None:
         if connection.in_transaction:  # SQLite ends a transaction by itself after some failures, as on a full disk
             connection.execute("ROLLBACK")
+
+    def _check_writable(self) -> None:
+        if not self.writable:
+            raise PermissionError(f"{self.path} cannot be written; copy its folder to a place where it can")
 
     @property
     def _connection(self) -> sqlite3.Connection:

@@ -1,16 +1,16 @@
-"""The index of a pool of adapters: build, open, change, search, verify."""
+"""The index of a pool of adapters: build, open, change, search, mend.
+
+Listing and removing need neither torch nor faiss, so what needs them is imported where it is used.
+"""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING
 
-from loracompose.retrieval import building
-from loracompose.retrieval.admission import admitted, discard_copy
-from loracompose.retrieval.building import CATALOG_FILE, VECTORS_FILE, BuildReport
+from loracompose.retrieval import backup
 from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog
 from loracompose.retrieval.embedding import (
@@ -21,16 +21,21 @@ from loracompose.retrieval.embedding import (
     features,
     unit_vectors,
 )
-from loracompose.retrieval.explanation import Explanation, explain
 from loracompose.retrieval.filtering import Exclude, Where, allowed_rows, check_request, excluded_rows
-from loracompose.retrieval.result import Retrieval
+from loracompose.retrieval.placement import VECTORS_FILE
 from loracompose.retrieval.scoring import DEFAULT_SCORING, Scoring, check_scoring
-from loracompose.retrieval.search import search_fits, search_means
-from loracompose.retrieval.snapshot import Snapshot, take_snapshot
-from loracompose.retrieval.verification import VerifyReport, verify
+from loracompose.retrieval.stored import StoredIndex, open_catalog
+
+if TYPE_CHECKING:
+    from loracompose.retrieval.building import BuildReport
+    from loracompose.retrieval.explanation import Explanation
+    from loracompose.retrieval.repair import RepairReport
+    from loracompose.retrieval.result import Retrieval
+    from loracompose.retrieval.snapshot import Snapshot
+    from loracompose.retrieval.verification import VerifyReport
 
 
-class AdapterIndex:
+class AdapterIndex(StoredIndex):
     """A pool of adapters that can be searched by prompt.
 
     Prompts and examples are embedded with and without an instruction. `scoring` says how they are compared:
@@ -51,11 +56,12 @@ class AdapterIndex:
     Use `AdapterIndex.build` or `AdapterIndex.open`; close it, or use it in a `with` block.
     """
 
-    def __init__(self, folder: Path, catalog: Catalog, embedder: Embedder, report: BuildReport | None = None) -> None:
-        self.folder = folder
-        self.catalog = catalog
-        self.embedder = embedder
+    def __init__(
+        self, folder: Path, catalog: Catalog, embedder: Embedder | None = None, report: BuildReport | None = None
+    ) -> None:
+        super().__init__(folder, catalog)
         self.report = report
+        self._embedder = embedder
         self._snapshot: Snapshot | None = None
         self._refreshing = threading.Lock()
 
@@ -75,8 +81,9 @@ class AdapterIndex:
     ) -> AdapterIndex:
         """Index every immediate subfolder that has an adapter_config.json.
 
-        It is built in a temporary sibling of `index_folder` and renamed at the end: there is a whole index or none.
-        What is left out stands in `index.report`.
+        It is built aside and put in its place at the end: there is a whole index or none. What is left out stands in
+        `index.report`. A build that is interrupted keeps the embeddings it has made in a hidden sibling of
+        `index_folder`, `.NAME.unfinished`; the next one does not make them again.
 
         Args:
             source_folder: its subfolders are the adapters; their names are the adapters' names.
@@ -93,9 +100,12 @@ class AdapterIndex:
         Raises:
             FileNotFoundError: there is no source folder.
             FileExistsError: `index_folder` is not free, or holds what no index wrote.
+            BlockingIOError: another process is building it.
             ValueError: strict, and an adapter cannot be indexed; the embedder misbehaves; or `source_folder` is in
                 `index_folder`.
         """
+        from loracompose.retrieval import building
+
         home = Path(index_folder).resolve()
         encoder = as_embedder(embedder)
         report = building.build(
@@ -115,11 +125,11 @@ class AdapterIndex:
 
     @classmethod
     def open(cls, folder: str | Path, *, embedder: Embedder | str | None = None, reembed: bool = False) -> AdapterIndex:
-        """Open an index; the faiss file is derived anew if it is missing, stale or damaged.
+        """Open an index; what a search needs is loaded and derived with the first one, or with `prepare`.
 
         Args:
             folder: the index folder.
-            embedder: the encoder it was built with; None loads it by its stored name.
+            embedder: the encoder it was built with; None loads it by its stored name when it is first needed.
             reembed: embed all examples anew with this embedder, instead of checking that it is the same one.
 
         Raises:
@@ -127,72 +137,54 @@ class AdapterIndex:
             ValueError: another encoder or revision than the index was built with, or an unreadable catalog.
         """
         home = Path(folder).resolve()
-        catalog = Catalog.open(home / CATALOG_FILE)
+        catalog = open_catalog(home)
         try:
-            settings = catalog.settings
-            if embedder is None and not settings.loadable:
-                raise ValueError(
-                    f"{folder} was built with the callable {settings.encoder!r}, which cannot be loaded by name; "
-                    "pass it as embedder="
-                )
-            index = cls(home, catalog, as_embedder(settings.encoder if embedder is None else embedder))
+            index = cls(home, catalog, None if embedder is None else as_embedder(embedder))
             if reembed:
                 index.rebuild()
-            index._current()
+            elif embedder is not None:
+                check_encoder(catalog.settings, index.embedder)
         except BaseException:
             catalog.close()
             raise
         return index
 
-    def close(self) -> None:
-        """Close the catalog; closing twice is fine."""
-        self.catalog.close()
+    @staticmethod
+    def restore(snapshot_folder: str | Path, index_folder: str | Path) -> VerifyReport:
+        """Put the index of a snapshot in its place, in one step; whoever has the old one open must open it again.
 
-    def __enter__(self) -> AdapterIndex:
-        return self
+        Records and copies are held against the snapshot's checksums before anything is replaced. Adapters that the
+        snapshot only refers to may have changed since; what is wrong with them stands in the report.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        Raises:
+            FileNotFoundError: there is no snapshot.
+            FileExistsError: `index_folder` holds what no index wrote.
+            ValueError: the snapshot is damaged, or of another format version; nothing is changed.
+        """
+        home = Path(index_folder).resolve()
+        backup.restore_snapshot(Path(snapshot_folder).resolve(), home)
+        with AdapterIndex.open(home) as restored:
+            return restored.verify()
 
     def __repr__(self) -> str:
-        return f"AdapterIndex({str(self.folder)!r}, embedder={self.embedder!r})"
-
-    def __len__(self) -> int:
-        return len(self.catalog)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.catalog
+        return f"AdapterIndex({str(self.folder)!r}, embedder={self._embedder or self.catalog.settings.encoder!r})"
 
     @property
-    def cards(self) -> tuple[Card, ...]:
-        """The cards of all adapters, in index order."""
-        return tuple(entry.card for entry in self.catalog.entries())
-
-    def card(self, name: str) -> Card:
-        """The card of one adapter.
+    def embedder(self) -> Embedder:
+        """The encoder: the one it was opened with, or that of the stored name, which loads when it is first called.
 
         Raises:
-            LookupError: no adapter has this name.
+            ValueError: it was built with a callable and opened without it.
         """
-        return self.catalog.entry(name).card
-
-    def path(self, name: str) -> Path:
-        """The folder of one adapter.
-
-        Raises:
-            LookupError: no adapter has this name.
-            FileNotFoundError: the folder is gone.
-        """
-        entry = self.catalog.entry(name)
-        folder = Path(os.path.normpath(self.folder / entry.path))
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"the folder of {name!r} is gone: {folder}; the index refers to it by the path {entry.path!r}. "
-                "Put it back, or tell the index the new place with update(folder)"
-            )
-        return folder
+        if self._embedder is None:
+            settings = self.catalog.settings
+            if not settings.loadable:
+                raise ValueError(
+                    f"{self.folder} was built with the callable {settings.encoder!r}, which cannot be loaded by name; "
+                    "pass it as embedder="
+                )
+            self._embedder = as_embedder(settings.encoder)
+        return self._embedder
 
     @property
     def temperature(self) -> float:
@@ -204,6 +196,14 @@ class AdapterIndex:
         """How searches compare unless they say otherwise."""
         return check_scoring(self.catalog.settings.scoring)
 
+    def prepare(self) -> None:
+        """Check the encoder and derive what a search needs now, instead of with the first search.
+
+        Raises:
+            ValueError: the index was embedded with another encoder or revision, or with a callable that is not given.
+        """
+        self._current()
+
     def add(self, folder: str | Path) -> Card:
         """Check, embed and enter one adapter; it is found by every search that starts afterwards.
 
@@ -211,7 +211,9 @@ class AdapterIndex:
             FileNotFoundError: there is no such adapter.
             ValueError: its name is taken, `load_adapter` refuses it, or it has no examples.
         """
-        return self._enter(folder, update=False)
+        from loracompose.retrieval.entering import enter
+
+        return enter(self.catalog, self.folder, self.embedder, folder, update=False)
 
     def update(self, folder: str | Path) -> Card:
         """Replace the adapter of the folder's name by what is in the folder now; nothing changed is no change.
@@ -221,26 +223,41 @@ class AdapterIndex:
             LookupError: the index has no adapter of that name.
             ValueError: `load_adapter` refuses it, or it has no examples.
         """
-        return self._enter(folder, update=True)
+        from loracompose.retrieval.entering import enter
 
-    def remove(self, name: str) -> Card:
-        """Remove one adapter, and its copy if the index made one; a tombstone stays in the catalog.
-
-        Raises:
-            LookupError: no adapter has this name.
-        """
-        old = self.catalog.remove(name)
-        discard_copy(self.folder / old.path, self.folder)
-        return old.card
+        return enter(self.catalog, self.folder, self.embedder, folder, update=True)
 
     def rebuild(self) -> None:
         """Derive everything anew from the cards, embeddings included, with this index's embedder."""
+        from loracompose.retrieval import building
+
         building.reembed(self.catalog, self.embedder)
         self._current()
 
     def verify(self) -> VerifyReport:
         """Check that every adapter is there and unchanged, and that everything derived agrees with the catalog."""
+        from loracompose.retrieval.verification import verify
+
         return verify(self.catalog, self.folder)
+
+    def repair(self, look_in: Sequence[str | Path] = ()) -> RepairReport:
+        """Mend what can be derived again or proved by content, and say what is left; no record is ever deleted.
+
+        Broken embeddings are made again, and what is derived from them; left-over copies are deleted; an adapter
+        whose folder is gone is referred to where its content is found. The encoder is loaded only if it is needed.
+
+        Args:
+            look_in: folders whose subfolders may be adapters that moved, beside the folders of the other adapters.
+
+        Raises:
+            PermissionError: the index cannot be written.
+            ValueError: embeddings must be made again, and the encoder is not the one they were made with.
+        """
+        from loracompose.retrieval.repair import repair
+
+        report = repair(self.catalog, self.folder, lambda: self.embedder, [Path(folder) for folder in look_in])
+        self._snapshot = None
+        return report
 
     def search(
         self,
@@ -264,6 +281,8 @@ class AdapterIndex:
             ValueError: no prompts, k < 1, exclude of another length, or an unknown scoring.
             LookupError: a name in `exclude` or a key in `where` that the index does not have.
         """
+        from loracompose.retrieval.search import search_fits, search_means
+
         check_request(prompts, k)
         way = self.scoring if scoring is None else check_scoring(scoring)
         snapshot = self._current()
@@ -282,24 +301,15 @@ class AdapterIndex:
         Raises:
             ValueError: the prompt is no string, or k < 1.
         """
+        from loracompose.retrieval.explanation import explain
+
         check_request([prompt], k)
         snapshot = self._current()
         return explain(snapshot, features(self.embedder, [prompt], snapshot.settings), prompt, k)
 
-    def _enter(self, folder: str | Path, *, update: bool) -> Card:
-        settings = self.catalog.settings
-        check_encoder(settings, self.embedder)  # somebody may have embedded anew since this index was opened
-        with admitted(folder, self.folder, copies=settings.copies) as new:
-            old = self.catalog.entry(new.card.name) if update else None
-            if old is not None and old.card == new.card and (settings.copies or old.path == new.path):
-                discard_copy(self.folder / new.path, self.folder)
-                return old.card
-            building.enter(self.catalog, self.embedder, settings, new, update=update)
-        if old is not None:
-            discard_copy(self.folder / old.path, self.folder)
-        return new.card
-
     def _current(self) -> Snapshot:
+        from loracompose.retrieval.snapshot import take_snapshot
+
         snapshot = self._snapshot
         if snapshot is not None and snapshot.generation == self.catalog.generation:
             return snapshot

@@ -99,8 +99,7 @@ def take_snapshot(catalog: Catalog, file: Path, previous: Snapshot | None = None
     if vectors is None:
         vectors = faiss.IndexFlatIP(settings.dimension)
         vectors.add(_matrix(entries, examples, settings, previous))
-        if catalog.writable:
-            catalog.note(VECTORS_KEY, generation, _write_vectors(file, vectors))
+        _keep_vectors(catalog, generation, file, vectors)
     statistics = _statistics(entries, examples, settings, previous)
     spectra, lexicon = Spectra(*map(Spectrum.of, statistics)), _lexicon(entries, previous)
     if fitted is None:
@@ -126,6 +125,14 @@ def read_vectors(file: Path, digest: str | None, count: int, dimension: int) -> 
         return None
     vectors = faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
     return vectors if (vectors.ntotal, vectors.d) == (count, dimension) else None
+
+
+def _keep_vectors(catalog: Catalog, generation: int, file: Path, vectors: Any) -> None:
+    if not catalog.writable:
+        return
+    with catalog.writing():  # so that nobody takes the file aside for a leftover, nor writes over a later generation's
+        if catalog.generation == generation:
+            catalog.note(VECTORS_KEY, generation, _write_vectors(file, vectors))
 
 
 def _write_vectors(file: Path, vectors: Any) -> str:

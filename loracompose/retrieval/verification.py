@@ -1,31 +1,44 @@
-"""Is an index sound? Every adapter, every embedding and the faiss file are held against the catalog."""
+"""Is an index sound? Every adapter, every embedding and what is derived are held against the catalog."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from loracompose.adapters.checkpoint import load_adapter
-from loracompose.retrieval.admission import COPIES
-from loracompose.retrieval.building import VECTORS_FILE
-from loracompose.retrieval.cards import read_card
+from loracompose.retrieval.cards import Card, read_card
 from loracompose.retrieval.catalog import Catalog, Entry
+from loracompose.retrieval.compaction import leftover_vectors
+from loracompose.retrieval.copies import leftover_copies
 from loracompose.retrieval.embedding import representation
-from loracompose.retrieval.snapshot import VECTORS_KEY, all_vectors, read_vectors
+from loracompose.retrieval.fitting import Fitted
+from loracompose.retrieval.placement import VECTORS_FILE
+from loracompose.retrieval.snapshot import FITTED_KEY, VECTORS_KEY, all_vectors, read_vectors
 
-_REEMBED = "embed again: AdapterIndex.open(folder, reembed=True)"
+Kind = Literal["catalog", "missing", "adapter", "embeddings", "derived", "leftover"]
+
+_REEMBED = "repair(), or embed everything again: AdapterIndex.open(folder, reembed=True)"
+_REDERIVE = "repair(), or open the index again and search, which derives it from the catalog"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and what mends it; `adapter` is None where it concerns the whole index."""
+    """One thing that is wrong, and what mends it; `adapter` is None where it concerns the whole index.
+
+    `kind` says what disagrees: the "catalog" file itself; an adapter whose folder is "missing"; the "adapter" in its
+    folder, by content; its "embeddings"; what is "derived" from all of them; or something "leftover" that no record
+    refers to, as a process leaves that was killed. An adapter that is being added at this moment may look left over.
+    """
 
     adapter: str | None
     what: str
     remedy: str
+    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -43,43 +56,53 @@ class VerifyReport:
 
 def verify(catalog: Catalog, home: Path) -> VerifyReport:
     """Load and hash every adapter and compare everything derived with the catalog; changes nothing."""
-    damage = [Problem(None, f"catalog: {what}", "build the index again") for what in catalog.damage()]
+    remedy = "restore a snapshot: loracompose index restore SNAPSHOT INDEX, or build the index again"
+    damage = [Problem(None, f"catalog: {what}", remedy, "catalog") for what in catalog.damage()]
     if damage:
         return VerifyReport(0, tuple(damage))
     with catalog.reading():
         entries = catalog.entries()
         problems = [problem for entry in entries for problem in _embeddings(catalog, entry)]
         problems += [] if problems else _vectors(catalog, home, entries)
-    problems += [problem for entry in entries for problem in _adapter(home, entry)]
-    return VerifyReport(len(entries), tuple(problems + list(_leftovers(home, entries))))
+        problems += _fitted(catalog)
+    adapters = [(entry.id, problem) for entry in entries for problem in _adapter(home, entry)]
+    still_there = set(catalog.ids()) if adapters else set()  # others may remove adapters while these are read
+    problems += [problem for id, problem in adapters if id in still_there]
+    return VerifyReport(len(entries), tuple([*problems, *_leftovers(catalog, home)]))
+
+
+def same_content(card: Card, other: Card) -> bool:
+    """Whether two cards say the same of an adapter, whatever its name, weights and base model."""
+    return (card.description, card.examples, card.tags, card.license, card.extra) == (
+        *(other.description, other.examples, other.tags, other.license, other.extra),
+    )
 
 
 def _adapter(home: Path, entry: Entry) -> Iterator[Problem]:
     name, folder = entry.card.name, home / entry.path
     if not folder.is_dir():
-        yield Problem(name, f"its folder {entry.path} is missing", "put it back, or update(folder), or remove(name)")
+        remedy = "put it back, or repair(look_in=[folder]) to find it by content, or update(folder), or remove(name)"
+        yield Problem(name, f"its folder {entry.path} is missing", remedy, "missing")
         return
     try:
         adapter = load_adapter(folder)
     except (ValueError, LookupError, OSError) as error:
-        yield Problem(name, f"it does not load: {error}", "mend the folder, or remove(name)")
+        yield Problem(name, f"it does not load: {error}", "mend the folder, or remove(name)", "adapter")
         return
     if adapter.fingerprint != entry.card.fingerprint:
         yield Problem(
             name,
             f"its fingerprint is {adapter.fingerprint[:12]}, the catalog has {entry.card.fingerprint[:12]}",
             "update(folder) if the change is meant, else restore the folder",
+            "adapter",
         )
     try:
         card = read_card(folder, name)
     except (ValueError, OSError) as error:
-        yield Problem(name, str(error), "restore card.json, then update(folder)")
+        yield Problem(name, str(error), "restore card.json, then update(folder)", "adapter")
         return
-    stored = entry.card
-    if (card.description, card.examples, card.tags, card.license, card.extra) != (
-        *(stored.description, stored.examples, stored.tags, stored.license, stored.extra),
-    ):
-        yield Problem(name, "its card.json changed since it entered", "update(folder)")
+    if not same_content(card, entry.card):
+        yield Problem(name, "its card.json changed since it entered", "update(folder)", "adapter")
 
 
 def _embeddings(catalog: Catalog, entry: Entry) -> Iterator[Problem]:
@@ -87,34 +110,44 @@ def _embeddings(catalog: Catalog, entry: Entry) -> Iterator[Problem]:
     try:
         embeddings = catalog.embeddings(entry.id)
     except ValueError as error:
-        yield Problem(name, str(error), _REEMBED)
+        yield Problem(name, str(error), _REEMBED, "embeddings")
         return
     if len(embeddings) != len(entry.card.examples) or not len(embeddings):
-        yield Problem(name, f"{len(embeddings)} embeddings for {len(entry.card.examples)} examples", _REEMBED)
+        what = f"{len(embeddings)} embeddings for {len(entry.card.examples)} examples"
+        yield Problem(name, what, _REEMBED, "embeddings")
     elif not np.isfinite(embeddings).all():
-        yield Problem(name, "an embedding is not finite", _REEMBED)
+        yield Problem(name, "an embedding is not finite", _REEMBED, "embeddings")
     elif np.abs(np.linalg.norm(np.split(embeddings, 4, axis=1), axis=2) - 1).max() > 1e-3:
-        yield Problem(name, "an embedding is not of norm 1", _REEMBED)
+        yield Problem(name, "an embedding is not of norm 1", _REEMBED, "embeddings")
 
 
 def _vectors(catalog: Catalog, home: Path, entries: list[Entry]) -> Iterator[Problem]:
-    remedy = "open the index again, which derives it from the catalog"
     file = home / VECTORS_FILE
     digest = catalog.noted(VECTORS_KEY, catalog.generation)
     vectors = read_vectors(file, digest, len(entries), catalog.settings.dimension)
     if vectors is None:
         if digest is not None:  # without one it merely waits for the next search
             what = "is missing" if not file.is_file() else "is damaged"
-            yield Problem(None, f"{VECTORS_FILE} {what}", remedy)
+            yield Problem(None, f"{VECTORS_FILE} {what}", _REDERIVE, "derived")
         return
     rows = all_vectors(vectors)
     for row, entry in zip(rows, entries, strict=True):
         expected = representation(catalog.embeddings(entry.id), entry.card.name)
-        if np.abs(row - expected).max() > 1e-5:
-            yield Problem(entry.card.name, f"{VECTORS_FILE} disagrees with its embeddings", remedy)
+        if np.abs(row - expected).max() > 1e-5:  # the file is the one that was written: these embeddings changed
+            what = f"{VECTORS_FILE} disagrees with its embeddings"
+            yield Problem(entry.card.name, what, _REEMBED, "embeddings")
 
 
-def _leftovers(home: Path, entries: list[Entry]) -> Iterator[Problem]:
-    used = {(home / entry.path).parent for entry in entries}
-    for folder in sorted(path for path in (home / COPIES).glob("*") if path not in used):
-        yield Problem(None, f"{folder.relative_to(home)} belongs to no adapter of the index", "delete it")
+def _fitted(catalog: Catalog) -> Iterator[Problem]:
+    noted = catalog.noted(FITTED_KEY, catalog.generation)
+    try:
+        if noted is not None:
+            Fitted(**json.loads(noted))
+    except (ValueError, TypeError) as error:
+        yield Problem(None, f"what was fitted cannot be read: {error}", _REDERIVE, "derived")
+
+
+def _leftovers(catalog: Catalog, home: Path) -> Iterator[Problem]:
+    for place in [*leftover_copies(home, catalog.entries()), *leftover_vectors(home)]:
+        what = f"{place.relative_to(home)} belongs to no adapter of the index"
+        yield Problem(None, what, "compact(), or delete it", "leftover")

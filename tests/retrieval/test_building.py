@@ -69,7 +69,7 @@ def test_strict_does_not_mind_folders_that_are_no_adapters(pool, tmp_path, embed
         assert list(index.report.skipped) == ["notes"]
 
 
-def test_a_build_that_fails_leaves_neither_an_index_nor_a_leftover(pool, tmp_path):
+def test_a_build_that_fails_leaves_nothing_but_the_embeddings_it_made(pool, tmp_path):
     def failing(texts):
         if any("seven" in text for text in texts):
             raise RuntimeError("out of memory")
@@ -78,7 +78,8 @@ def test_a_build_that_fails_leaves_neither_an_index_nor_a_leftover(pool, tmp_pat
     with pytest.raises(RuntimeError, match="out of memory"):
         AdapterIndex.build(pool, tmp_path / "index", embedder=CallableEmbedder(failing, "failing"), copy=True)
     assert not (tmp_path / "index").exists()
-    assert hidden(tmp_path) == []
+    assert hidden(tmp_path) == [".index.unfinished"]
+    assert [path.name for path in (tmp_path / ".index.unfinished").iterdir()] == ["embedded.sqlite"]
 
 
 def test_an_index_is_replaced_only_when_asked_and_survives_a_failing_replacement(index, pool, tmp_path, embedder):

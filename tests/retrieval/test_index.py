@@ -32,9 +32,14 @@ def test_another_encoder_is_refused_naming_both_and_the_remedy(index, tmp_path, 
         AdapterIndex.open(tmp_path / "index", embedder=other)
 
 
-def test_an_index_of_a_callable_says_that_it_needs_the_callable(index, tmp_path):
-    with pytest.raises(ValueError, match=r"built with the callable 'bag-of-words'.* pass it as embedder="):
-        AdapterIndex.open(tmp_path / "index")
+def test_an_index_of_a_callable_needs_the_callable_only_where_texts_are_embedded(index, tmp_path):
+    with AdapterIndex.open(tmp_path / "index") as opened:
+        assert [card.name for card in opened.cards] == ["french", "mood", "sql", "sums"]
+        opened.remove("mood")
+        assert opened.verify().ok
+        for use in (lambda: opened.search(["x"]), lambda: opened.add(opened.path("sql")), opened.prepare):
+            with pytest.raises(ValueError, match=r"built with the callable 'bag-of-words'.* pass it as embedder="):
+                use()
 
 
 def test_reembedding_gives_what_a_build_with_the_new_encoder_gives(index, pool, tmp_path):
@@ -158,5 +163,7 @@ def test_the_default_encoder_is_stored_checked_and_loaded_again_by_name(pool, tm
     with sqlite3.connect(tmp_path / "index" / "catalog.sqlite") as other:
         value = json.dumps({**vars(stored), "revision": "sha256:else"})
         other.execute("UPDATE meta SET value = ? WHERE key = 'settings'", (value,))
+    with AdapterIndex.open(tmp_path / "index") as index, pytest.raises(ValueError, match="sha256:else"):
+        index.prepare()
     with pytest.raises(ValueError, match="sha256:else"):
-        AdapterIndex.open(tmp_path / "index")
+        AdapterIndex.open(tmp_path / "index", embedder=stored.encoder)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from loracompose import AdapterIndex
+from loracompose.retrieval import verification
 from loracompose.retrieval.catalog import Catalog
 from loracompose.retrieval.verification import verify
 from tests.retrieval.material import TASKS, make_adapter
@@ -136,3 +137,22 @@ def test_a_leftover_copy_is_found(pool, tmp_path, embedder):
     with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, copy=True) as index:
         (tmp_path / "index" / "adapters" / "0123456789ab").mkdir()
         assert "belongs to no adapter" in only(index.verify()).what
+
+
+def test_an_adapter_that_is_removed_while_it_is_verified_is_no_problem(pool, tmp_path, embedder, monkeypatch):
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, copy=True) as index:
+        load = verification.load_adapter
+
+        def meanwhile(folder):
+            if "sql" in index:
+                index.remove("sql")
+            return load(folder)
+
+        monkeypatch.setattr(verification, "load_adapter", meanwhile)
+        report = index.verify()
+    assert (report.checked, report.problems) == (4, ())
+
+
+def test_half_a_faiss_file_is_found(index, tmp_path):
+    (tmp_path / "index" / ".vectors.faiss.1.2").write_bytes(b"half")
+    assert only(index.verify()).kind == "leftover"

@@ -1,0 +1,44 @@
+"""loracompose bench crash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loracompose.cli import options, tables
+from loracompose.cli.errors import Commands
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure, and write the numbers down.")
+
+
+@app.callback()
+def bench() -> None:
+    """Measure, and write the numbers down."""
+
+
+@app.command()
+def crash(
+    kills: Annotated[int, typer.Option(help="How often the process is killed.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the steps and of the kills by the call.")] = 0,
+    by_clock: Annotated[float, typer.Option(help="Share of the kills after a random time, not before a call.")] = 0.5,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Kill a process that changes an index, and see whether the index is whole; status 1 if it was not once."""
+    from rich.progress import Progress
+
+    from loracompose.benchmarks.crash import crash_test
+
+    with Progress(disable=as_json) as progress:
+        task = progress.add_task("killing", total=kills)
+        report = crash_test(kills, seed, by_clock=by_clock, tick=lambda: progress.advance(task))
+    if output is not None:
+        output.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        tables.show_json(report.as_dict())
+    else:
+        tables.console().print(tables.crash_table(report))
+    raise typer.Exit(1 if report.failures else 0)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import os
+import sqlite3
+
+import pytest
+
+from loracompose import AdapterIndex
+from loracompose.retrieval.embedding import CallableEmbedder
+from loracompose.retrieval.locking import locked
+from loracompose.retrieval.upkeep import content_digest
+from tests.retrieval.material import bag_of_words, contents, make_adapter
+
+
+def test_compacting_gives_back_the_space_of_what_was_removed_and_changes_no_record(index, tmp_path):
+    many = [f"prompt {i} of very many" for i in range(400)]
+    index.add(make_adapter(tmp_path / "late" / "long", many, seed=9))
+    index.remove("long")
+    before = contents(index), content_digest(index.catalog), index.catalog.generation
+    assert index.catalog.database.rows("PRAGMA freelist_count")[0][0] > 0
+    report = index.compact()
+    assert index.catalog.database.rows("PRAGMA freelist_count") == [(0,)]
+    assert (contents(index), content_digest(index.catalog), index.catalog.generation) == before
+    assert report.deleted == ()
+    assert report.bytes_before - report.bytes_after > 400 * 4 * 128
+    files = list((tmp_path / "index").iterdir())
+    assert report.bytes_after == sum(file.stat().st_size for file in files)
+    log = tmp_path / "index" / "catalog.sqlite-wal"
+    assert not log.exists() or log.stat().st_size == 0
+    assert index.verify().ok
+
+
+def test_compacting_drops_what_no_record_refers_to_and_nothing_else(pool, tmp_path, embedder):
+    home = tmp_path / "index"
+    with AdapterIndex.build(pool, home, embedder=embedder, copy=True) as index:
+        left = make_adapter(home / "adapters" / "0123456789ab" / "gone", ["a b"]).parent
+        half = home / ".vectors.faiss.1.2"
+        half.write_bytes(b"half")
+        copies = sorted(path for path in (home / "adapters").rglob("*") if left not in (path, *path.parents))
+        assert {problem.kind for problem in index.verify().problems} == {"leftover"}
+        assert index.compact().deleted == ("adapters/0123456789ab", ".vectors.faiss.1.2")
+        assert sorted((home / "adapters").rglob("*")) == copies
+        assert index.verify().ok
+
+
+def test_only_derived_values_of_earlier_generations_are_dropped(index):
+    index.search(["x"])
+    index.remove("sql")
+    index.search(["x"])
+    now = index.catalog.generation
+    index.catalog.note("of mine", now, "kept")
+    with sqlite3.connect(index.catalog.path) as other:
+        other.execute("INSERT INTO derived VALUES ('old', ?, 'dropped')", (now - 1,))
+    index.compact()
+    rows = index.catalog.database.rows("SELECT key, generation FROM derived ORDER BY key")
+    assert rows == [("fitted", now), ("of mine", now), ("vectors", now)]
+
+
+def test_a_copy_that_is_being_entered_is_not_taken_for_a_leftover(pool, tmp_path):
+    """Whoever enters a copy shares the lock that deleting leftovers takes alone."""
+    home = tmp_path / "index"
+    seen = []
+
+    def watching(texts):
+        if any("poem" in text for text in texts):
+            with pytest.raises(BlockingIOError), locked(home, wait=False):
+                seen.append("deleting")
+            with locked(home, shared=True, wait=False):
+                seen.append("entering")
+        return bag_of_words(texts)
+
+    with AdapterIndex.build(pool, home, embedder=CallableEmbedder(watching, "watching"), copy=True) as index:
+        index.add(make_adapter(tmp_path / "late" / "poem", ["write a poem"], seed=9))
+        assert seen == ["entering"]
+        with locked(home, wait=False):
+            assert index.verify().ok
+
+
+def test_an_index_that_cannot_be_written_is_not_compacted(index, tmp_path, embedder, monkeypatch):
+    index.close()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with (
+        AdapterIndex.open(tmp_path / "index", embedder=embedder) as frozen,
+        pytest.raises(PermissionError, match="cannot be written"),
+    ):
+        frozen.compact()

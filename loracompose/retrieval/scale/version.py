@@ -1,0 +1,127 @@
+"""A version: what a large pool freezes, in four files that belong to it by their sha256."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loracompose.retrieval.fitting import Fitted
+from loracompose.retrieval.scale.drift import Floats
+from loracompose.retrieval.scale.ledger import Position, Record
+from loracompose.retrieval.scale.metric import Frame
+from loracompose.retrieval.scale.rows import FileWriter, MappedFile, Rows, file_digest, spot_digest
+from loracompose.retrieval.scale.structure import Breadth, Structure, read_structure
+from loracompose.retrieval.scale.wordings import Frequencies, WordingFile
+
+MEANS, WORDS, VECTORS, NUMBERS = "means", "words", "faiss", "npz"
+KINDS = (MEANS, WORDS, VECTORS, NUMBERS)
+PATTERNS = tuple(f"version-*.{kind}" for kind in KINDS)
+"""The files of versions in an index folder."""
+
+_LOADED = (VECTORS, NUMBERS)  # read as a whole when a version is loaded; of the others parts are read later
+
+
+@dataclass(frozen=True, eq=False)
+class Version:
+    """Everything frozen of the N adapters of one generation.
+
+    `ids` (N,) their row ids, ascending; `sizes` (N,) examples of each; `squares` (N,) squared lengths of their whitened
+    means; `scatter` (D, D) and the frame's freedom the statistics; `position` how far the version goes.
+    """
+
+    token: str
+    epoch: int
+    position: Position
+    ids: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    squares: NDArray[np.float32]
+    scatter: Floats
+    frame: Frame
+    fitted: Fitted
+    frequencies: Frequencies
+    structure: Structure
+    means: Rows
+    words: WordingFile
+
+
+def file_of(home: Path, token: str, kind: str) -> Path:
+    """Where a file of a version lies."""
+    return home / f"version-{token}.{kind}"
+
+
+def write_numbers(path: Path, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any]) -> tuple[int, str]:
+    """Write arrays and notes to one file; returns its size and sha256."""
+    out = io.BytesIO()
+    np.savez(out, allow_pickle=False, **arrays, notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8))
+    writer = FileWriter(path)
+    writer.write(out.getbuffer())
+    return writer.size, writer.close()
+
+
+def recorded(home: Path, token: str, epoch: int, digests: Mapping[str, str]) -> Record:
+    """The record of a version whose files are written."""
+    files = {kind: file_of(home, token, kind) for kind in KINDS}
+    return Record(
+        token, epoch, {kind: (path.stat().st_size, spot_digest(path), digests[kind]) for kind, path in files.items()}
+    )
+
+
+def damage(home: Path, record: Record, *, thorough: bool) -> list[str]:
+    """What is wrong with the files of a version; thorough hashes all of each, otherwise of large ones parts."""
+    found = []
+    for kind, (size, spots, digest) in record.files.items():
+        path = file_of(home, record.token, kind)
+        if not path.is_file():
+            found.append(f"{path.name} is missing")
+            continue
+        whole = thorough or kind in _LOADED
+        if path.stat().st_size != size or spot_digest(path) != spots or (whole and file_digest(path) != digest):
+            found.append(f"{path.name} is damaged")
+    return found
+
+
+def load_version(home: Path, record: Record, width: int) -> Version:
+    """A version from its files, which `damage` found sound."""
+    with np.load(file_of(home, record.token, NUMBERS), allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    notes = json.loads(arrays["notes"].tobytes())
+    frame = Frame(arrays["centre"], arrays["whitening"], arrays["directions"], **notes["frame"])
+    words = MappedFile(file_of(home, record.token, WORDS))
+    return Version(
+        token=record.token,
+        epoch=record.epoch,
+        position=Position(*notes["position"]),
+        ids=arrays["ids"],
+        sizes=arrays["sizes"].astype(np.int64),
+        squares=arrays["squares"],
+        scatter=arrays["scatter"],
+        frame=frame,
+        fitted=Fitted(**notes["fitted"]),
+        frequencies=Frequencies(arrays["keys"], arrays["counts"], notes["examples"]),
+        structure=read_structure(notes["spec"], file_of(home, record.token, VECTORS), Breadth(**notes["breadth"])),
+        means=Rows(file_of(home, record.token, MEANS), width),
+        words=WordingFile(words, arrays["starts"]),
+    )
+
+
+def notes_of(position: Position, frame: Frame, fitted: Fitted, examples: int, structure: Structure) -> dict[str, Any]:
+    """The plain values of a version, as `load_version` reads them."""
+    return {
+        "position": list(position),
+        "frame": {
+            "freedom": frame.freedom,
+            "shrinkage": frame.shrinkage,
+            "temperature": frame.temperature,
+        },
+        "fitted": asdict(fitted),
+        "examples": examples,
+        "spec": structure.spec,
+        "breadth": asdict(structure.breadth),
+    }

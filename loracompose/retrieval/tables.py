@@ -143,19 +143,19 @@ def insert_adapter(database: Database, card: Card, path: str) -> Entry:
     return Entry(id, card, path)
 
 
-def insert_examples(database: Database, entry: Entry, embeddings: NDArray[np.float32], width: int) -> None:
-    """Insert the examples of an adapter with their embeddings, (examples, width).
+def insert_examples(database: Database, entry: Entry, embeddings: NDArray[np.float32], settings: Settings) -> None:
+    """Insert the examples of an adapter with their embeddings, (examples, width), in the precision of the settings.
 
     Raises:
         ValueError: the embeddings do not fit the card or are not finite.
     """
-    expected = (len(entry.card.examples), width)
+    expected = (len(entry.card.examples), settings.width)
     if embeddings.shape != expected or not np.isfinite(embeddings).all():
         raise ValueError(
             f"{entry.card.name}: embeddings must be finite and {expected}, got {embeddings.shape}; check the embedder"
         )
     for position, (prompt, row) in enumerate(zip(entry.card.examples, embeddings, strict=True)):
-        blob = row.astype("<f4").tobytes()
+        blob = row.astype(f"<f{settings.precision}").tobytes()
         database.execute("INSERT INTO examples VALUES (?, ?, ?, ?)", entry.id, position, prompt, blob)
 
 

@@ -32,7 +32,6 @@ from loracompose.benchmarks.synthesis import (
     draw_queries,
     read_profiles,
 )
-from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog, Settings
 from loracompose.retrieval.embedding import (
     INSTRUCTION,
@@ -221,9 +220,7 @@ def _changes(index: AdapterIndex, profiles: Profiles, folder: Path) -> dict[str,
         after_remove.append(_milliseconds(lambda row=row: index.search([drawn.texts[row][0]])))
     shutil.rmtree(made)
     named = {"add": adding, "search_after_add": after_add, "remove": removing, "search_after_remove": after_remove}
-    return {
-        f"{name}_ms": {"p50": float(np.median(values)), "max": max(values)} for name, values in named.items()
-    }
+    return {f"{name}_ms": {"p50": float(np.median(values)), "max": max(values)} for name, values in named.items()}
 
 
 def _adapter_folder(folder: Path, examples: Sequence[str]) -> Path:

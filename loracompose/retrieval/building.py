@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,6 +65,7 @@ def reembed(catalog: Catalog, embedder: Embedder) -> None:
     old, entries = catalog.settings, catalog.entries()
     scoring = check_scoring(old.scoring)
     settings = describe(embedder, instruction=old.instruction, scoring=scoring, copies=old.copies, epoch=old.epoch + 1)
+    settings = replace(settings, exact_limit=old.exact_limit, precision=old.precision)
     embeddings = {entry.id: embedded(entry.card, embedder, settings) for entry in entries}
     catalog.replace_embeddings(settings, embeddings)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +79,7 @@ def generation_and_record(database: Database) -> tuple[int, Record | None]:
     return int(generation), None if value is None else _record(value)
 
 
+@lru_cache(maxsize=16)
 def _record(value: str) -> Record:
     content = json.loads(value)
     files = {kind: (int(size), str(spots), str(digest)) for kind, (size, spots, digest) in content["files"].items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from loracompose.retrieval.scale.rows import FileWriter, Rows, file_digest
 from loracompose.retrieval.scale.statistics import Moments, moments
 from loracompose.retrieval.scale.structure import NEAREST, Structure, build_structure, write_structure
 from loracompose.retrieval.scale.version import (
+    COUNTS,
     MEANS,
     NUMBERS,
     PATTERNS,
@@ -40,7 +41,7 @@ from loracompose.retrieval.scale.version import (
     recorded,
     write_numbers,
 )
-from loracompose.retrieval.scale.wordings import Frequencies, Wording, read_wording
+from loracompose.retrieval.scale.wordings import Frequencies, Wordings, read_wording
 
 DIRECTIONS = 255
 """Principal directions of the whitened means that faiss gets at most."""
@@ -77,7 +78,7 @@ class _Block(NamedTuple):
     ids: NDArray[np.int64]
     sizes: NDArray[np.int64]
     means: Singles  # centred
-    wordings: Sequence[Wording]
+    wordings: Wordings
 
 
 def make_version(
@@ -150,21 +151,21 @@ def _gather(
             for gone in ledger.departures(database, previous.position.departure, width):
                 if gone.id <= previous.position.adapter:
                     state = state.without(gone.embeddings)
-        counted = set(_spread(present, _COUNTED).tolist())
-        means, words = (FileWriter(file_of(home, token, kind)) for kind in (MEANS, WORDS))
+        counted = _spread(present, _COUNTED)
+        files = {kind: FileWriter(file_of(home, token, kind)) for kind in (MEANS, WORDS, COUNTS)}
         sizes, lengths, known, examples = [], [], [], 0
         for block, change in _blocks(database, previous, present, centre, width):
             if cancelled():
                 raise CancelledError("no longer wanted")
             state = state if change is None else state.plus(change)
-            means.write(block.means.astype("<f4").tobytes())
-            words.write(b"".join(wording.packed() for wording in block.wordings))
+            files[MEANS].write(block.means.astype("<f4").tobytes())
+            files[WORDS].write(block.wordings.keys.astype("<u4").tobytes())
+            files[COUNTS].write(block.wordings.counts.tobytes())
             sizes.append(block.sizes)
-            lengths.append(np.array([len(wording.keys) for wording in block.wordings], dtype=np.int64))
-            for id, size, wording in zip(block.ids.tolist(), block.sizes.tolist(), block.wordings, strict=True):
-                if id in counted:
-                    known.append(wording)
-                    examples += size
+            lengths.append(block.wordings.lengths)
+            chosen = np.flatnonzero(np.isin(block.ids, counted))
+            known.append(block.wordings.chosen(chosen.tolist()))
+            examples += int(block.sizes[chosen].sum())
     starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.concatenate([*lengths, np.zeros(0, np.int64)]))])
     gathered = _Gathered(
         position=position,
@@ -175,9 +176,9 @@ def _gather(
         starts=starts,
         centre=centre,
         sample=sample,
-        frequencies=Frequencies.of(known, examples),
+        frequencies=Frequencies.of(Wordings.joined(known), examples),
     )
-    return gathered, {MEANS: means.close(), WORDS: words.close()}
+    return gathered, {kind: file.close() for kind, file in files.items()}
 
 
 def _blocks(
@@ -196,7 +197,7 @@ def _blocks(
     for profiles in ledger.profiles(database, after, width):
         change, sizes, own = moments([profile.embeddings for profile in profiles])
         ids = np.array([profile.id for profile in profiles], dtype=np.int64)
-        wordings = [read_wording(profile.prompts) for profile in profiles]
+        wordings = Wordings.joined([read_wording(profile.prompts) for profile in profiles])
         yield _Block(ids, sizes, (own - centre).astype(np.float32), wordings), change
 
 

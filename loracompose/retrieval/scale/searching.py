@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,33 @@ class MovedError(Exception):
     """An adapter went while it was being found."""
 
 
+class CardShelf:
+    """Cards by row id, the last ones that were asked for: a row id stands for one unchanging card.
+
+    Args:
+        catalog: where the others are read.
+        size: how many are kept.
+    """
+
+    def __init__(self, catalog: Catalog, size: int = 4096) -> None:
+        self.catalog = catalog
+        self._read = lru_cache(maxsize=size)(self._read_one)
+
+    def take(self, ids: Sequence[int]) -> tuple[Card, ...]:
+        """The cards of these adapters.
+
+        Raises:
+            MovedError: one has gone.
+        """
+        return tuple(self._read(id) for id in ids)
+
+    def _read_one(self, id: int) -> Card:
+        entries = self.catalog.entries([id])
+        if not entries:
+            raise MovedError("an adapter went while it was being found")
+        return entries[0].card
+
+
 class Found(NamedTuple):
     """What one prompt found: row ids, best first, their scores; and the best fit."""
 
@@ -54,7 +82,7 @@ class Request:
     excluded: Sequence[set[int]]
 
 
-def search_view(view: View, catalog: Catalog, prompts: Sequence[str], features: Singles, request: Request) -> Retrieval:
+def search_view(view: View, cards: CardShelf, prompts: Sequence[str], features: Singles, request: Request) -> Retrieval:
     """The k best adapters for each prompt; as `search_fits`, but probabilities are those among the candidates.
 
     Scoring "mean" has no structure of its own: it compares with all adapters, block by block.
@@ -63,7 +91,7 @@ def search_view(view: View, catalog: Catalog, prompts: Sequence[str], features: 
         MovedError: an adapter went meanwhile; search the next view.
         LookupError: a key in `where` that no card has.
     """
-    allowed = _Allowed(view, catalog, request.where)
+    allowed = _Allowed(view, cards.catalog, request.where)
     if request.scoring == "mean":
         found = _by_means(view, features, request, allowed)
     else:
@@ -72,12 +100,12 @@ def search_view(view: View, catalog: Catalog, prompts: Sequence[str], features: 
             _by_fits(view, prompt, query, request, banned, allowed)
             for prompt, query, banned in zip(prompts, centred, request.excluded, strict=True)
         ]
-    return _retrieval(view, catalog, found, request.scoring)
+    return _retrieval(view, cards, found, request.scoring)
 
 
 def channels(view: View, prompt: str, query: Singles, places: Places) -> tuple[NDArray[np.float64], ...]:
     """What meaning and wording add to the fits of a prompt for the adapters in these places, each (C,)."""
-    words = view.version.frequencies.evidence(short_keys(prompt), view.wordings(places), view.sizes(places))
+    words = view.evidence(short_keys(prompt), places)
     return view.version.fitted.meaning * view.fits(query, places), view.version.fitted.wording * words
 
 
@@ -145,9 +173,11 @@ def _by_fits(view: View, prompt: str, query: Singles, request: Request, banned: 
     while True:
         places = view.near(query, breadth)
         ids = view.ids(places)
-        open_ids = allowed.among(ids) & ~np.isin(ids, list(banned))
-        complete = len(places) >= len(view)
-        if complete or int(open_ids.sum()) >= request.k:
+        open_ids = _open(ids, banned, allowed)
+        if int(open_ids.sum()) >= request.k:
+            break
+        if len(places) >= len(view):
+            allowed.all()  # which says so where a key is unknown
             break
         breadth = breadth.doubled()
         if breadth.candidates > _WIDEST:
@@ -159,11 +189,17 @@ def _by_fits(view: View, prompt: str, query: Singles, request: Request, banned: 
     places, fits = _scored(view, prompt, query, places, request, open_ids)
     ids = view.ids(places)
     scores = log_softmax(fits[None])[0]
-    open_ids = allowed.among(ids) & ~np.isin(ids, list(banned))
+    open_ids = _open(ids, banned, allowed)
     rows = np.flatnonzero(open_ids)
     order = rows[np.lexsort((ids[rows], -scores[rows]))][: request.k]  # of equals the earlier adapter
     best = float(fits[rows].max()) if len(rows) else -np.inf
     return Found(ids[order], scores[order], best)
+
+
+def _open(ids: NDArray[np.int64], banned: set[int], allowed: _Allowed) -> NDArray[np.bool_]:
+    """Which of these row ids may be found, as far as that can be said of them alone."""
+    passing = allowed.among(ids)
+    return passing & ~np.isin(ids, list(banned)) if banned else passing
 
 
 def _scored(
@@ -176,7 +212,7 @@ def _scored(
     order = np.argsort(-fits, kind="stable")
     enough = np.cumsum(open_ids[order]) <= request.k
     kept = order[(np.arange(len(order)) < WORDED) | (open_ids[order] & enough)]
-    words = view.version.frequencies.evidence(short_keys(prompt), view.wordings(places[kept]), view.sizes(places[kept]))
+    words = view.evidence(short_keys(prompt), places[kept])
     fitted = view.version.fitted
     return places[kept], fitted.meaning * fits[kept] + fitted.wording * words
 
@@ -235,18 +271,15 @@ def _scan(
     ]
 
 
-def _retrieval(view: View, catalog: Catalog, found: Sequence[Found], scoring: Scoring) -> Retrieval:
+def _retrieval(view: View, cards: CardShelf, found: Sequence[Found], scoring: Scoring) -> Retrieval:
     columns = np.unique(np.concatenate([one.ids for one in found]))  # ascending: index order
-    entries = catalog.entries(columns.tolist())
-    if len(entries) != len(columns):
-        raise MovedError("an adapter went while it was being found")
     table = np.full((len(found), len(columns)), -np.inf, dtype=np.float32)
     for row, one in zip(table, found, strict=True):
         row[np.searchsorted(columns, one.ids)] = one.scores
     scores = torch.from_numpy(table)
     best = np.array([one.best for one in found])
     return Retrieval(
-        tuple(entry.card for entry in entries),
+        cards.take(columns.tolist()),
         scores,
         softmax_weights(scores, view.temperature(scoring)),
         torch.from_numpy(view.typicality(scoring, best)),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loracompose.retrieval.explanation import Explanation
     from loracompose.retrieval.result import Retrieval
     from loracompose.retrieval.scale.pool import LargePool
+    from loracompose.retrieval.scale.searching import CardShelf
     from loracompose.retrieval.scale.view import View
 
 
@@ -52,6 +53,7 @@ class SizedPool:
         self._pool: LargePool | None = None
         self._small = -1  # the generation that was found to be small
         self._opening = threading.Lock()
+        self._cards: CardShelf | None = None
 
     def close(self) -> None:
         """Stop what runs behind the searches; closing twice is fine."""
@@ -99,7 +101,7 @@ class SizedPool:
         while view is not None:
             request = Request(k, scoring, where, excluded_rows(exclude, len(prompts), _Ids(self._catalog)))
             try:
-                return search_view(view, self._catalog, prompts, given, request)
+                return search_view(view, self._shelf(), prompts, given, request)
             except MovedError:
                 view = self.view(embedder)
         return None
@@ -112,6 +114,13 @@ class SizedPool:
         from loracompose.retrieval.scale.explaining import explain_view
 
         return explain_view(view, self._catalog, features(embedder, [prompt], view.settings), prompt, k)
+
+    def _shelf(self) -> CardShelf:
+        from loracompose.retrieval.scale.searching import CardShelf
+
+        if self._cards is None:
+            self._cards = CardShelf(self._catalog)
+        return self._cards
 
     def _opened(self) -> bool:
         generation = self._catalog.generation

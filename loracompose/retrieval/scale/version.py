@@ -1,4 +1,4 @@
-"""A version: what a large pool freezes, in four files that belong to it by their sha256."""
+"""A version: what a large pool freezes, in files that belong to it by their sha256."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from loracompose.retrieval.scale.rows import FileWriter, MappedFile, Rows, file_
 from loracompose.retrieval.scale.structure import Breadth, Structure, read_structure
 from loracompose.retrieval.scale.wordings import Frequencies, WordingFile
 
-MEANS, WORDS, VECTORS, NUMBERS = "means", "words", "faiss", "npz"
-KINDS = (MEANS, WORDS, VECTORS, NUMBERS)
+MEANS, WORDS, COUNTS, VECTORS, NUMBERS = "means", "words", "counts", "faiss", "npz"
+KINDS = (MEANS, WORDS, COUNTS, VECTORS, NUMBERS)
 PATTERNS = tuple(f"version-*.{kind}" for kind in KINDS)
 """The files of versions in an index folder."""
 
@@ -49,6 +50,11 @@ class Version:
     structure: Structure
     means: Rows
     words: WordingFile
+
+    @cached_property
+    def calibration(self) -> Mapping[str, NDArray[np.float64]]:
+        """For each scoring the best fits of held-out examples, ascending."""
+        return {scoring: np.asarray(values) for scoring, values in self.fitted.calibration.items()}
 
 
 def file_of(home: Path, token: str, kind: str) -> Path:
@@ -93,7 +99,7 @@ def load_version(home: Path, record: Record, width: int) -> Version:
         arrays = {name: stored[name] for name in stored.files}
     notes = json.loads(arrays["notes"].tobytes())
     frame = Frame(arrays["centre"], arrays["whitening"], arrays["directions"], **notes["frame"])
-    words = MappedFile(file_of(home, record.token, WORDS))
+    words, counts = (MappedFile(file_of(home, record.token, kind)) for kind in (WORDS, COUNTS))
     return Version(
         token=record.token,
         epoch=record.epoch,
@@ -107,7 +113,7 @@ def load_version(home: Path, record: Record, width: int) -> Version:
         frequencies=Frequencies(arrays["keys"], arrays["counts"], notes["examples"]),
         structure=read_structure(notes["spec"], file_of(home, record.token, VECTORS), Breadth(**notes["breadth"])),
         means=Rows(file_of(home, record.token, MEANS), width),
-        words=WordingFile(words, arrays["starts"]),
+        words=WordingFile(words, counts, arrays["starts"]),
     )
 
 

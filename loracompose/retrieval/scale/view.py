@@ -16,7 +16,7 @@ from loracompose.retrieval.scale.metric import Frame, Metric, Singles
 from loracompose.retrieval.scale.statistics import deviations
 from loracompose.retrieval.scale.structure import Breadth
 from loracompose.retrieval.scale.version import Version
-from loracompose.retrieval.scale.wordings import Wording, read_wording
+from loracompose.retrieval.scale.wordings import Short, Wordings, read_wording
 from loracompose.retrieval.scoring import Scoring
 from loracompose.retrieval.tables import Settings
 
@@ -33,7 +33,7 @@ class Arrivals:
     means: Singles
     squares: Singles
     reduced: Singles
-    wordings: tuple[Wording, ...]
+    wordings: tuple[Wordings, ...]
 
     @classmethod
     def none(cls, frame: Frame) -> Arrivals:
@@ -130,7 +130,7 @@ class View:
 
     def typicality(self, scoring: Scoring, fits: NDArray[np.float64]) -> NDArray[np.float64]:
         """As `Snapshot.typicality`; the examples held out are those of the version's sample."""
-        known = np.asarray(self.version.fitted.calibration[scoring])
+        known = self.version.calibration[scoring]
         return np.asarray((1 + np.searchsorted(known, fits, side="right")) / (1 + len(known)))
 
     @property
@@ -159,28 +159,26 @@ class View:
 
     def fits(self, query: Singles, places: Places) -> NDArray[np.float64]:
         """How well one centred prompt (D,) fits the adapters in these places, exactly, (C,)."""
+        if not len(self.arrivals.ids):
+            return self.metric.fits(query, self.version.means.take(places), self.version.squares[places])
         early, late = self._parted(places)
         means = np.concatenate([self.version.means.take(early), self.arrivals.means[late]])
         squares = np.concatenate([self.version.squares[early], self.arrivals.squares[late]])
         fits = self.metric.fits(query, means, squares)
         return np.asarray(self._joined(places, fits))
 
-    def wordings(self, places: Places) -> list[Wording]:
-        """The n-grams of the adapters in these places."""
+    def evidence(self, keys: Short, places: Places) -> NDArray[np.float64]:
+        """Evidence of a prompt, given by its short keys, for the adapters in these places, (C,)."""
         early, late = self._parted(places)
-        found = [*self.version.words.take(early), *(self.arrivals.wordings[row] for row in late)]
-        order = self._joined(places, np.arange(len(places)))
-        return [found[row] for row in order]
-
-    def sizes(self, places: Places) -> NDArray[np.int64]:
-        """Examples of the adapters in these places, (C,)."""
-        early, late = self._parted(places)
-        return np.asarray(self._joined(places, np.concatenate([self.version.sizes[early], self.arrivals.sizes[late]])))
+        wordings = self.version.words.take(early)
+        if len(late):
+            wordings = Wordings.joined([wordings, *(self.arrivals.wordings[row] for row in late)])
+        sizes = np.concatenate([self.version.sizes[early], self.arrivals.sizes[late]])
+        return np.asarray(self._joined(places, self.version.frequencies.evidence(keys, wordings, sizes)))
 
     def ids(self, places: Places) -> NDArray[np.int64]:
         """Row ids of the adapters in these places, (C,)."""
-        early, late = self._parted(places)
-        return np.asarray(self._joined(places, np.concatenate([self.version.ids[early], self.arrivals.ids[late]])))
+        return self._gathered(places, self.version.ids, self.arrivals.ids)
 
     def places(self, ids: NDArray[np.int64]) -> Places:
         """Places of the adapters with these row ids, in their order; ids that are not there are left out."""
@@ -200,6 +198,13 @@ class View:
         if len(self.arrivals.ids):
             later = len(self.gone) + np.arange(len(self.arrivals.ids))
             yield later, self.arrivals.means, self.arrivals.squares
+
+    def _gathered(self, places: Places, early: NDArray[np.int64], late: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What stands in these places, (C,), of numbers of the version and of what came since."""
+        if not len(late):
+            return np.asarray(early[places])
+        first, second = self._parted(places)
+        return np.asarray(self._joined(places, np.concatenate([early[first], late[second]])))
 
     def _parted(self, places: Places) -> tuple[Places, Places]:
         """Rows of the version, and rows of those that came since; each in the order of the places."""

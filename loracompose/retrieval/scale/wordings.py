@@ -20,35 +20,44 @@ from loracompose.retrieval.scale.rows import MappedFile
 Short = NDArray[np.uint32]
 Floats = NDArray[np.float64]
 
-ENTRY_BYTES = 5
-"""Of one n-gram of one adapter: its key and its count."""
-
 TABLE_SIZE = 1 << 20
 _MANY = 255
 _BITS = 1 << 16
 
 
-class Wording(NamedTuple):
-    """The n-grams of one adapter: short keys, ascending, and how many of its examples have each."""
+class Wordings(NamedTuple):
+    """The n-grams of adapters, one after the other.
+
+    `keys` short keys, ascending within an adapter; `counts` how many of its examples have each; `lengths` (C,) how many
+    n-grams each adapter has.
+    """
 
     keys: Short
     counts: NDArray[np.uint8]
-
-    def packed(self) -> bytes:
-        """As it lies in a file."""
-        return self.keys.astype("<u4").tobytes() + self.counts.tobytes()
+    lengths: NDArray[np.int64]
 
     @classmethod
-    def unpacked(cls, content: bytes | memoryview) -> Wording:
-        """From a file."""
-        size = len(content) // ENTRY_BYTES
-        return cls(np.frombuffer(content, "<u4", size), np.frombuffer(content, np.uint8, size, 4 * size))
+    def joined(cls, parts: Sequence[Wordings]) -> Wordings:
+        """Of all parts, one after the other."""
+        if not parts:
+            return cls(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.int64))
+        keys, counts, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return cls(keys, counts, lengths)
+
+    def chosen(self, rows: Sequence[int]) -> Wordings:
+        """Of these adapters."""
+        ends = np.cumsum(self.lengths)
+        cuts = [slice(int(ends[row] - self.lengths[row]), int(ends[row])) for row in rows]
+        parts = [
+            Wordings(self.keys[cut], self.counts[cut], self.lengths[[row]]) for row, cut in zip(rows, cuts, strict=True)
+        ]
+        return Wordings.joined(parts)
 
 
-def read_wording(examples: Iterable[str]) -> Wording:
-    """The n-grams of an adapter, given by its example prompts."""
+def read_wording(examples: Iterable[str]) -> Wordings:
+    """The n-grams of one adapter, given by its example prompts."""
     keys, counts = np.unique(np.concatenate([short_keys(text) for text in examples]), return_counts=True)
-    return Wording(keys, np.minimum(counts, _MANY).astype(np.uint8))
+    return Wordings(keys, np.minimum(counts, _MANY).astype(np.uint8), np.array([len(keys)], dtype=np.int64))
 
 
 def short_keys(text: str) -> Short:
@@ -57,20 +66,25 @@ def short_keys(text: str) -> Short:
 
 
 class WordingFile:
-    """The n-grams of the adapters of a version, in its order; `starts` (N + 1,) in n-grams."""
+    """The n-grams of the adapters of a version, in its order; `starts` (N + 1,) of each adapter."""
 
-    def __init__(self, file: MappedFile, starts: NDArray[np.int64]) -> None:
-        self._file = file
+    def __init__(self, keys: MappedFile, counts: MappedFile, starts: NDArray[np.int64]) -> None:
+        self._files = keys, counts
+        self._keys = np.frombuffer(keys.content, dtype="<u4")
+        self._counts = np.frombuffer(counts.content, dtype=np.uint8)
         self._starts = starts
 
-    def take(self, rows: NDArray[np.int64]) -> list[Wording]:
+    def take(self, rows: NDArray[np.int64]) -> Wordings:
         """Those of the adapters in these rows."""
-        begins, ends = ENTRY_BYTES * self._starts[rows], ENTRY_BYTES * self._starts[rows + 1]
-        content = self._file.content
-        found = [Wording.unpacked(bytes(content[a:b])) for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
-        if len(rows):
-            self._file.touched(len(rows), int((ends - begins).mean()))
-        return found
+        begins, ends = self._starts[rows], self._starts[rows + 1]
+        cuts = [slice(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+        if not cuts:
+            return Wordings.joined([])
+        keys = np.concatenate([self._keys[cut] for cut in cuts])
+        counts = np.concatenate([self._counts[cut] for cut in cuts])
+        for file, each in zip(self._files, (4, 1), strict=True):
+            file.touched(len(cuts), each * len(keys) // len(cuts))
+        return Wordings(keys, counts, ends - begins)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +96,10 @@ class Frequencies:
     examples: int
 
     @classmethod
-    def of(cls, wordings: Sequence[Wording], examples: int) -> Frequencies:
-        """Counted over these adapters; if there are too many n-grams, the rarest are left out."""
-        if not wordings:
-            return cls(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.float32), 1)
-        keys, place = np.unique(np.concatenate([wording.keys for wording in wordings]), return_inverse=True)
-        counts = np.bincount(place, np.concatenate([wording.counts for wording in wordings]))
+    def of(cls, wordings: Wordings, examples: int) -> Frequencies:
+        """Counted over adapters of so many examples; if there are too many n-grams, the rarest are left out."""
+        keys, place = np.unique(wordings.keys, return_inverse=True)
+        counts = np.bincount(place, wordings.counts, minlength=len(keys))
         kept = np.sort(np.argsort(-counts, kind="stable")[:TABLE_SIZE])
         return cls(keys[kept], counts[kept].astype(np.float32), max(examples, 1))
 
@@ -99,7 +111,7 @@ class Frequencies:
         known = self.keys[place] == keys
         return np.where(known, self.counts[place], 1.0) / self.examples, known
 
-    def evidence(self, keys: Short, wordings: Sequence[Wording], sizes: NDArray[np.int64]) -> Floats:
+    def evidence(self, keys: Short, wordings: Wordings, sizes: NDArray[np.int64]) -> Floats:
         """`Lexicon.scores` of a prompt for some adapters, (C,).
 
         Args:
@@ -112,21 +124,20 @@ class Frequencies:
         known[place] = True
         absent = known.sum() * np.log(PSEUDO_COUNT / (sizes + PSEUDO_COUNT))
         gains = np.log1p(counts / (PSEUDO_COUNT * shares[place]))
-        total = absent + np.bincount(adapters, gains, minlength=len(wordings))
+        total = absent + np.bincount(adapters, gains, minlength=len(sizes))
         return np.asarray(total / float(max(len(keys), 1) ** EXPONENT))
 
 
-def _found(
-    keys: Short, wordings: Sequence[Wording]
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+def _found(keys: Short, wordings: Wordings) -> tuple[NDArray[np.int64], Floats, NDArray[np.int64]]:
     """Where the adapters have n-grams of a prompt: adapter, count, and place among the keys."""
-    every = np.concatenate([wording.keys for wording in wordings])
+    if not len(keys) or not len(wordings.keys):
+        nothing = np.zeros(0, dtype=np.int64)
+        return nothing, np.zeros(0), nothing
     marked = np.zeros(_BITS, dtype=np.bool_)  # of the many most are told apart by their lower bits
     marked[keys & (_BITS - 1)] = True
-    likely = np.flatnonzero(marked[every & (_BITS - 1)])
-    place = np.minimum(np.searchsorted(keys, every[likely]), max(len(keys) - 1, 0))
-    same = keys[place] == every[likely] if len(keys) else np.zeros(0, dtype=np.bool_)
+    likely = np.flatnonzero(marked[wordings.keys & (_BITS - 1)])
+    place = np.minimum(np.searchsorted(keys, wordings.keys[likely]), len(keys) - 1)
+    same = keys[place] == wordings.keys[likely]
     hits, place = likely[same], place[same]
-    ends = np.cumsum([len(wording.keys) for wording in wordings])
-    counts = np.concatenate([wording.counts for wording in wordings])[hits]
-    return np.searchsorted(ends, hits, side="right"), counts.astype(np.float64), place
+    adapters = np.searchsorted(np.cumsum(wordings.lengths), hits, side="right")
+    return adapters, wordings.counts[hits].astype(np.float64), place

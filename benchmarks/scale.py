@@ -30,5 +30,9 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     result = measure(args.profiles, args.work, args.sizes, print)
+    if args.output.is_file():  # sizes that are not measured now stay
+        before = json.loads(args.output.read_text())["pools"]
+        kept = [pool for pool in before if pool["adapters"] not in args.sizes]
+        result["pools"] = sorted([*kept, *result["pools"]], key=lambda pool: pool["adapters"])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(rounded(result), indent=1) + "\n")

@@ -113,7 +113,7 @@ def build_pool(plan: Plan) -> dict[str, Any]:
     profiles = _profiles(plan.profiles)
     plan.folder.mkdir(parents=True)
     width = profiles.features.shape[1]
-    settings = Settings("synthetic", "1", width // 2, INSTRUCTION, "hybrid", precision=2)
+    settings = Settings("synthetic", "1", width // 4, INSTRUCTION, "hybrid", precision=2)
     start = time.perf_counter()
     catalog = Catalog.create(plan.folder / CATALOG_FILE, settings)
     _insert(catalog.path, _rows(profiles, plan.size))
@@ -158,17 +158,21 @@ def search_pool(plan: Plan) -> dict[str, Any]:
     found |= _changes(index, _profiles(plan.profiles), plan.folder)
     view = index._large.view()
     if view is not None:
-        found |= {"after_changes": _quality(index, view, vectors, texts, owners), "remainder": view.drift.remainder}
+        found |= {
+            "after_changes": _quality(index, view, vectors, texts, owners),
+            "remainder": max(drift.remainder for drift in view.drifts),
+        }
     index.close()
     return found
 
 
 def exact_rows(view: View, queries: Singles, count: int) -> NDArray[np.int64]:
     """Row ids of the nearest adapters of prompts, (n, count), by comparing with all under the current statistics."""
-    turned = queries @ view.metric.precision
+    metric = view.metrics[0]
+    turned = queries @ metric.precision
     best, ids = np.zeros((len(queries), 0)), np.zeros((len(queries), 0), dtype=np.int64)
     for places, means, squares in view.blocks():
-        current = view.metric.scale * squares - (means @ view.metric.leaning) ** 2 @ view.metric.shares
+        current = metric.scale * squares - (means @ metric.leaning) ** 2 @ metric.shares
         scores = turned @ means.T - 0.5 * current
         wide = np.broadcast_to(view.ids(places), scores.shape)
         best, ids = best_of(np.concatenate([best, scores], axis=1), np.concatenate([ids, wide], axis=1), count)
@@ -188,7 +192,7 @@ class _Given:
 
 
 def _quality(index: AdapterIndex, view: View, vectors: Singles, texts: Sequence[str], owners: Any) -> dict[str, float]:
-    truth = exact_rows(view, view.centred(vectors[:_QUERIES]), _NEAREST)
+    truth = exact_rows(view, view.centred(vectors[:_QUERIES])[0], _NEAREST)
     shares, own = [], []
     for row, text in enumerate(texts[:_QUERIES]):
         found = index.search([text], _NEAREST, scoring="discriminant")

@@ -90,13 +90,13 @@ def draw_block(profiles: Profiles, block: int, examples: int) -> Drawn:
     error = mixed(profiles.deviations, BLOCK, random) / np.sqrt(_PROFILE)
     drawn = (truths + error)[:, None] + spread * np.sqrt(examples / max(examples - 1, 1))
     texts = [[worded(profiles, base, random) for _ in range(examples)] for base in bases.tolist()]
-    return Drawn(unit_halves(drawn.reshape(-1, width)).reshape(BLOCK, examples, width), texts, truths, bases)
+    return Drawn(unit_quarters(drawn.reshape(-1, width)).reshape(BLOCK, examples, width), texts, truths, bases)
 
 
 def draw_queries(profiles: Profiles, drawn: Drawn, rows: NDArray[np.int64], seed: int) -> tuple[Singles, list[str]]:
     """Fresh prompts of these adapters of a block: features (rows, width) and texts."""
     random = np.random.default_rng([23, seed])
-    features = unit_halves(drawn.truths[rows] + mixed(profiles.deviations, len(rows), random, parts=2))
+    features = unit_quarters(drawn.truths[rows] + mixed(profiles.deviations, len(rows), random, parts=2))
     return features, [worded(profiles, int(drawn.bases[row]), random) for row in rows]
 
 
@@ -119,7 +119,7 @@ def worded(profiles: Profiles, base: int, random: np.random.Generator) -> str:
     return " ".join(words)
 
 
-def unit_halves(rows: Singles) -> Singles:
-    """Rows whose two halves are of length 1."""
-    halves = np.split(rows, 2, axis=1)
-    return np.concatenate([half / np.linalg.norm(half, axis=1, keepdims=True) for half in halves], axis=1)
+def unit_quarters(rows: Singles) -> Singles:
+    """Rows whose four quarters are of length 1, as those of `features` are."""
+    quarters = np.split(rows, 4, axis=1)
+    return np.concatenate([part / np.linalg.norm(part, axis=1, keepdims=True) for part in quarters], axis=1)

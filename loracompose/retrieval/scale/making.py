@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loracompose.retrieval.database import Database
 from loracompose.retrieval.discriminant import Spectrum, Statistics
-from loracompose.retrieval.embedding import representation
-from loracompose.retrieval.fitting import Fitted, fit
+from loracompose.retrieval.embedding import edges, representation, whole
+from loracompose.retrieval.fitting import Fitted, Spectra, fit
 from loracompose.retrieval.lexicon import Lexicon
 from loracompose.retrieval.scale import ledger
 from loracompose.retrieval.scale.ledger import Position, Profile, Record
@@ -30,11 +30,13 @@ from loracompose.retrieval.scale.statistics import Moments, moments
 from loracompose.retrieval.scale.structure import NEAREST, Structure, build_structure, write_structure
 from loracompose.retrieval.scale.version import (
     COUNTS,
+    EDGES,
     MEANS,
     NUMBERS,
     PATTERNS,
     VECTORS,
     WORDS,
+    Half,
     Version,
     file_of,
     notes_of,
@@ -55,6 +57,11 @@ _TRAINED = 131072  # means that faiss is trained on
 _QUERIES = 256  # that recall is measured on
 
 
+_HALVES = (whole, edges)
+
+T = TypeVar("T")
+
+
 class CancelledError(Exception):
     """The version is not wanted any more."""
 
@@ -65,11 +72,11 @@ class _Gathered:
 
     position: Position
     epoch: int
-    moments: Moments
+    moments: tuple[Moments, Moments]
     ids: NDArray[np.int64]
     sizes: NDArray[np.int64]
     starts: NDArray[np.int64]
-    centre: Singles
+    centres: tuple[Singles, Singles]
     sample: list[Profile]
     frequencies: Frequencies
 
@@ -77,7 +84,7 @@ class _Gathered:
 class _Block(NamedTuple):
     ids: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    means: Singles  # centred
+    means: tuple[Singles, Singles]  # centred, of whole prompts and of edges
     wordings: Wordings
 
 
@@ -145,20 +152,25 @@ def _gather(
             previous = None
         width, position, present = settings.width, ledger.position(database), ledger.all_ids(database)
         sample = ledger.chosen_profiles(database, _spread(present, _SAMPLE).tolist(), width)
-        centre = _centre(sample, width) if previous is None else previous.frame.centre
-        state = Moments.none(width) if previous is None else Moments(previous.scatter, previous.frame.freedom)
-        if previous is not None:
+        if previous is None:
+            centres = _both(lambda half: _centre([half(profile.embeddings) for profile in sample], width // 2))
+            state = _both(lambda half: Moments.none(width // 2))
+        else:
+            centres = previous.halves[0].frame.centre, previous.halves[1].frame.centre
+            first, second = (Moments(half.scatter, half.frame.freedom) for half in previous.halves)
+            state = first, second
             for gone in ledger.departures(database, previous.position.departure, width):
                 if gone.id <= previous.position.adapter:
-                    state = state.without(gone.embeddings)
+                    state = state[0].without(whole(gone.embeddings)), state[1].without(edges(gone.embeddings))
         counted = _spread(present, _COUNTED)
-        files = {kind: FileWriter(file_of(home, token, kind)) for kind in (MEANS, WORDS, COUNTS)}
+        files = {kind: FileWriter(file_of(home, token, kind)) for kind in (MEANS, EDGES, WORDS, COUNTS)}
         sizes, lengths, known, examples = [], [], [], 0
-        for block, change in _blocks(database, previous, present, centre, width):
+        for block, change in _blocks(database, previous, present, centres, width):
             if cancelled():
                 raise CancelledError("no longer wanted")
-            state = state if change is None else state.plus(change)
-            files[MEANS].write(block.means.astype("<f4").tobytes())
+            state = state if change is None else (state[0].plus(change[0]), state[1].plus(change[1]))
+            for kind, means in zip((MEANS, EDGES), block.means, strict=True):
+                files[kind].write(means.astype("<f4").tobytes())
             files[WORDS].write(block.wordings.keys.astype("<u4").tobytes())
             files[COUNTS].write(block.wordings.counts.tobytes())
             sizes.append(block.sizes)
@@ -174,7 +186,7 @@ def _gather(
         ids=present,
         sizes=np.concatenate([*sizes, np.zeros(0, dtype=np.int64)]),
         starts=starts,
-        centre=centre,
+        centres=centres,
         sample=sample,
         frequencies=Frequencies.of(Wordings.joined(known), examples),
     )
@@ -182,69 +194,89 @@ def _gather(
 
 
 def _blocks(
-    database: Database, previous: Version | None, present: NDArray[np.int64], centre: Singles, width: int
-) -> Iterator[tuple[_Block, Moments | None]]:
+    database: Database,
+    previous: Version | None,
+    present: NDArray[np.int64],
+    centres: tuple[Singles, Singles],
+    width: int,
+) -> Iterator[tuple[_Block, tuple[Moments, Moments] | None]]:
     """All adapters in the order of their row ids, and the moments of those that the version before lacks."""
     if previous is not None:
         stays = np.isin(previous.ids, present)
-        for start, means in previous.means.blocks():
+        first, second = previous.halves
+        for (start, means), (_, ends) in zip(first.means.blocks(), second.means.blocks(), strict=True):
             rows = start + np.flatnonzero(stays[start : start + len(means)])
+            kept = means[rows - start], ends[rows - start]
             yield (
-                _Block(previous.ids[rows], previous.sizes[rows], means[rows - start], previous.words.take(rows)),
+                _Block(previous.ids[rows], previous.sizes[rows], kept, previous.words.take(rows)),
                 None,
             )
     after = 0 if previous is None else previous.position.adapter
     for profiles in ledger.profiles(database, after, width):
-        change, sizes, own = moments([profile.embeddings for profile in profiles])
+        change, sizes, own = moments([whole(profile.embeddings) for profile in profiles])
+        change_edges, _, own_edges = moments([edges(profile.embeddings) for profile in profiles])
         ids = np.array([profile.id for profile in profiles], dtype=np.int64)
         wordings = Wordings.joined([read_wording(profile.prompts) for profile in profiles])
-        yield _Block(ids, sizes, (own - centre).astype(np.float32), wordings), change
+        first_means = (own - centres[0]).astype(np.float32)
+        means_pair = first_means, (own_edges - centres[1]).astype(np.float32)
+        yield _Block(ids, sizes, means_pair, wordings), (change, change_edges)
 
 
 def _derive(home: Path, token: str, gathered: _Gathered, cancelled: Callable[[], bool]) -> dict[str, str]:
-    width = len(gathered.centre)
-    rows = Rows(file_of(home, token, MEANS), width)
-    fitted, spectrum = _fitted(gathered)
-    frame = Frame(
-        centre=gathered.centre,
-        whitening=spectrum.axes * spectrum.scale(fitted.shrinkage),
-        directions=np.zeros((width, 0), dtype=np.float32),
-        freedom=max(gathered.moments.freedom, 1),
-        shrinkage=fitted.shrinkage,
-        temperature=fitted.spread,
-    )
-    frame = replace(frame, directions=_directions(frame, rows))
-    squares = np.concatenate([frame.squares(block) for _, block in _watched(rows, cancelled)])
-    structure = _structure(frame, rows, squares, gathered.sample, cancelled)
+    fitted, spectra = _fitted(gathered)
+    chosen = (fitted.shrinkage, fitted.spread), (fitted.edges_shrinkage, fitted.edges_spread)
+    halves = []
+    for number, kind in enumerate((MEANS, EDGES)):
+        rows = Rows(file_of(home, token, kind), len(gathered.centres[number]))
+        frame = _frame(gathered, number, (spectra.whole, spectra.edges)[number], *chosen[number])
+        if kind == MEANS:  # which faiss searches
+            frame = replace(frame, directions=_directions(frame, rows))
+        parts = [frame.squares(block) for _, block in _watched(rows, cancelled)]
+        squares = np.concatenate([*parts, np.zeros(0, dtype=np.float32)])
+        halves.append(Half(frame, gathered.moments[number].scatter, rows, squares))
+    structure = _structure(halves[0], gathered.sample, cancelled)
     arrays: dict[str, NDArray[Any]] = {
         "ids": gathered.ids,
         "sizes": gathered.sizes.astype(np.int32),
-        "squares": squares,
         "starts": gathered.starts,
-        "scatter": gathered.moments.scatter,
-        "centre": frame.centre,
-        "whitening": frame.whitening,
-        "directions": frame.directions,
         "keys": gathered.frequencies.keys,
         "counts": gathered.frequencies.counts,
+        **halves[0].arrays(MEANS),
+        **halves[1].arrays(EDGES),
     }
-    notes = notes_of(gathered.position, frame, fitted, gathered.frequencies.examples, structure)
+    notes = notes_of(gathered.position, halves, fitted, gathered.frequencies.examples, structure)
     _, numbers = write_numbers(file_of(home, token, NUMBERS), arrays, notes)
     vectors = file_of(home, token, VECTORS)
     write_structure(structure, vectors)
     return {NUMBERS: numbers, VECTORS: file_digest(vectors)}
 
 
-def _fitted(gathered: _Gathered) -> tuple[Fitted, Spectrum]:
-    """Everything chosen on the sample under the covariance of the whole pool; the pool's own choice if it is all."""
+def _frame(gathered: _Gathered, number: int, spectrum: Spectrum, shrinkage: float, temperature: float) -> Frame:
+    """The frame of one half, as yet without the directions that faiss searches."""
+    return Frame(
+        centre=gathered.centres[number],
+        whitening=spectrum.axes * spectrum.scale(shrinkage),
+        directions=np.zeros((len(gathered.centres[number]), 0), dtype=np.float32),
+        freedom=max(gathered.moments[number].freedom, 1),
+        shrinkage=shrinkage,
+        temperature=temperature,
+    )
+
+
+def _fitted(gathered: _Gathered) -> tuple[Fitted, Spectra]:
+    """Everything chosen on the sample under the covariances of the whole pool; the pool's own choice if it is all."""
     groups = [profile.embeddings for profile in gathered.sample]
-    statistics = Statistics.of(groups, len(gathered.centre))
-    share = statistics.freedom / max(gathered.moments.freedom, 1)
-    spectrum = Spectrum.of(replace(statistics, scatter=gathered.moments.scatter * share))
-    spectrum = replace(spectrum, freedom=gathered.moments.freedom)
+    spectra = Spectra(*(_spectrum(groups, half, state) for half, state in zip(_HALVES, gathered.moments, strict=True)))
     lexicon = Lexicon.of([profile.prompts for profile in gathered.sample])
     means = np.stack([representation(group, str(id)) for id, group, _ in gathered.sample])
-    return fit(means, groups, spectrum, lexicon), spectrum
+    return fit(means, groups, spectra, lexicon), spectra
+
+
+def _spectrum(groups: list[Singles], half: Callable[[Singles], Singles], state: Moments) -> Spectrum:
+    """The means of the sample under the covariance of the whole pool."""
+    statistics = Statistics.of([half(group) for group in groups], len(state.scatter))
+    share = statistics.freedom / max(state.freedom, 1)
+    return replace(Spectrum.of(replace(statistics, scatter=state.scatter * share)), freedom=state.freedom)
 
 
 def _directions(frame: Frame, rows: Rows) -> Singles:
@@ -258,15 +290,15 @@ def _directions(frame: Frame, rows: Rows) -> Singles:
     return np.asarray(frame.whitening @ kept @ turn, dtype=np.float32)
 
 
-def _structure(
-    frame: Frame, rows: Rows, squares: Singles, sample: list[Profile], cancelled: Callable[[], bool]
-) -> Structure:
+def _structure(half: Half, sample: list[Profile], cancelled: Callable[[], bool]) -> Structure:
+    frame, rows, squares = half.frame, half.means, half.squares
+
     def blocks() -> Iterator[Singles]:
         for start, block in _watched(rows, cancelled):
             yield frame.reduced(block, squares[start : start + len(block)])
 
     trained = _spread(np.arange(len(rows)), _TRAINED)
-    queries = _queries(sample) - frame.centre
+    queries = frame.centred(_queries([whole(profile.embeddings) for profile in sample]))
     return build_structure(
         blocks,
         len(rows),
@@ -298,9 +330,8 @@ def best_of(
     return np.take_along_axis(scores, kept, axis=1), np.take_along_axis(places, kept, axis=1)
 
 
-def _queries(sample: list[Profile]) -> Singles:
+def _queries(groups: list[Singles]) -> Singles:
     """Fresh draws: the mean of one adapter with the deviation of an example of another, (n, D)."""
-    groups = [profile.embeddings for profile in sample]
     means = [group.mean(axis=0) for group in groups]
     deviations = np.concatenate(
         [
@@ -324,11 +355,16 @@ def _watched(rows: Rows, cancelled: Callable[[], bool]) -> Iterator[tuple[int, S
         yield start, block
 
 
-def _centre(sample: list[Profile], width: int) -> Singles:
-    if not sample:
+def _centre(groups: list[Singles], width: int) -> Singles:
+    if not groups:
         return np.zeros(width, dtype=np.float32)
-    means = np.stack([profile.embeddings.mean(axis=0, dtype=np.float64) for profile in sample])
+    means = np.stack([group.mean(axis=0, dtype=np.float64) for group in groups])
     return np.asarray(means.mean(axis=0), dtype=np.float32)
+
+
+def _both(make: Callable[[Callable[[Singles], Singles]], T]) -> tuple[T, T]:
+    """Of whole prompts and of their edges."""
+    return make(whole), make(edges)
 
 
 def _spread(items: NDArray[np.int64], count: int) -> NDArray[np.int64]:

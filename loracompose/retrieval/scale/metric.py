@@ -52,6 +52,10 @@ class Frame:
         rest = np.maximum(squares - np.einsum("nd,nd->n", coordinates, coordinates), 0.0)
         return self._filled(coordinates, np.sqrt(rest))
 
+    def centred(self, features: Singles) -> Singles:
+        """Features less the centre, (n, D)."""
+        return features - self.centre
+
     def queries(self, centred: Singles) -> Singles:
         """Centred features of prompts (n, D) as faiss is asked for them, (n, stored)."""
         return self._filled(centred @ self.directions, np.zeros(len(centred), dtype=np.float32))

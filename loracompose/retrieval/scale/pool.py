@@ -30,7 +30,7 @@ class Bound:
     def exceeded(self, view: View) -> bool:
         """Whether a view has drifted too far."""
         allowed = min(max(int(self.share * len(view.gone)), self.least), self.most)
-        return view.changed > allowed or view.drift.remainder > self.error
+        return view.changed > allowed or max(drift.remainder for drift in view.drifts) > self.error
 
 
 DEFAULT_BOUND = Bound()
@@ -113,7 +113,7 @@ class LargePool:
         try:
             if record.epoch != settings.epoch or damage(self._home, record, thorough=False):
                 return None
-            return load_version(self._home, record, settings.width)
+            return load_version(self._home, record)
         except FileNotFoundError:
             return None
 
@@ -141,7 +141,7 @@ class LargePool:
             try:
                 previous = self._view.version if self._view is not None else None
                 record = make_version(database, self._home, previous, self._closed.is_set)
-                self._next = load_version(self._home, record, ledger.settings(database).width)
+                self._next = load_version(self._home, record)
             finally:
                 database.close()
         except CancelledError:

@@ -25,7 +25,7 @@ from loracompose.retrieval.scoring import Scoring
 from loracompose.retrieval.weighting import log_softmax, softmax_weights
 
 WORDED = 64
-"""Candidates whose wording is looked at, the best by meaning."""
+"""Candidates whose edges and wording are looked at, the best by meaning."""
 
 _WIDEST = 4096
 """Candidates beyond which comparing with all is simpler."""
@@ -95,18 +95,28 @@ def search_view(view: View, cards: CardShelf, prompts: Sequence[str], features: 
     if request.scoring == "mean":
         found = _by_means(view, features, request, allowed)
     else:
-        centred = view.centred(features)
         found = [
             _by_fits(view, prompt, query, request, banned, allowed)
-            for prompt, query, banned in zip(prompts, centred, request.excluded, strict=True)
+            for prompt, *query, banned in zip(prompts, *view.centred(features), request.excluded, strict=True)
         ]
     return _retrieval(view, cards, found, request.scoring)
 
 
-def channels(view: View, prompt: str, query: Singles, places: Places) -> tuple[NDArray[np.float64], ...]:
-    """What meaning and wording add to the fits of a prompt for the adapters in these places, each (C,)."""
-    words = view.evidence(short_keys(prompt), places)
-    return view.version.fitted.meaning * view.fits(query, places), view.version.fitted.wording * words
+def channels(view: View, prompt: str, query: Sequence[Singles], places: Places) -> tuple[NDArray[np.float64], ...]:
+    """What each channel adds to the fits of a prompt for the adapters in these places, each (C,).
+
+    Args:
+        view: where to search.
+        prompt: the prompt.
+        query: both halves of its features, centred, (D,).
+        places: of the adapters.
+    """
+    parts = (*(view.fits(half, places, number) for number, half in enumerate(query)), _words(view, prompt, places))
+    return tuple(weight * part for weight, part in zip(view.version.fitted.weights, parts, strict=True))
+
+
+def _words(view: View, prompt: str, places: Places) -> NDArray[np.float64]:
+    return view.evidence(short_keys(prompt), places)
 
 
 class _Allowed:
@@ -166,12 +176,14 @@ class _Allowed:
             return None
 
 
-def _by_fits(view: View, prompt: str, query: Singles, request: Request, banned: set[int], allowed: _Allowed) -> Found:
+def _by_fits(
+    view: View, prompt: str, query: Sequence[Singles], request: Request, banned: set[int], allowed: _Allowed
+) -> Found:
     breadth = view.version.structure.breadth
     if breadth.candidates < request.k + len(banned):
         breadth = Breadth(breadth.probes, request.k + len(banned), breadth.factor)
     while True:
-        places = view.near(query, breadth)
+        places = view.near(query[0], breadth)
         ids = view.ids(places)
         open_ids = _open(ids, banned, allowed)
         if int(open_ids.sum()) >= request.k:
@@ -182,7 +194,7 @@ def _by_fits(view: View, prompt: str, query: Singles, request: Request, banned: 
         breadth = breadth.doubled()
         if breadth.candidates > _WIDEST:
             every = allowed.all()
-            places = _exhaustive(view, query, every, banned, request.k)
+            places = _exhaustive(view, query[0], every, banned, request.k)
             ids = view.ids(places)
             open_ids = np.ones(len(ids), dtype=np.bool_)
             break
@@ -203,18 +215,19 @@ def _open(ids: NDArray[np.int64], banned: set[int], allowed: _Allowed) -> NDArra
 
 
 def _scored(
-    view: View, prompt: str, query: Singles, places: Places, request: Request, open_ids: NDArray[np.bool_]
+    view: View, prompt: str, query: Sequence[Singles], places: Places, request: Request, open_ids: NDArray[np.bool_]
 ) -> tuple[Places, NDArray[np.float64]]:
     """Places of what is left, and its fits: for the hybrid those best by meaning, and as many as are asked for."""
-    fits = view.fits(query, places)
+    fits = view.fits(query[0], places)
     if request.scoring != "hybrid":
         return places, fits
     order = np.argsort(-fits, kind="stable")
     enough = np.cumsum(open_ids[order]) <= request.k
     kept = order[(np.arange(len(order)) < WORDED) | (open_ids[order] & enough)]
-    words = view.evidence(short_keys(prompt), places[kept])
-    fitted = view.version.fitted
-    return places[kept], fitted.meaning * fits[kept] + fitted.wording * words
+    places = places[kept]
+    meaning, edge, wording = view.version.fitted.weights
+    others = edge * view.fits(query[1], places, 1) + wording * _words(view, prompt, places)
+    return places, meaning * fits[kept] + others
 
 
 def _exhaustive(view: View, query: Singles, ids: NDArray[np.int64] | None, banned: set[int], k: int) -> Places:
@@ -222,7 +235,7 @@ def _exhaustive(view: View, query: Singles, ids: NDArray[np.int64] | None, banne
     count = max(view.version.structure.breadth.candidates, k)
 
     def score(means: Singles, squares: Singles) -> NDArray[np.float64]:
-        return view.metric.fits(query, means, squares)[None]
+        return view.metrics[0].fits(query, means, squares)[None]
 
     places, _ = _scan(view, score, 1, ids, [banned], count)
     return places[0]
@@ -232,8 +245,8 @@ def _by_means(view: View, features: Singles, request: Request, allowed: _Allowed
     queries = instructed(features)
 
     def score(means: Singles, squares: Singles) -> NDArray[np.float64]:
-        whole = instructed(means + view.version.frame.centre)
-        return np.asarray(queries @ (whole / np.linalg.norm(whole, axis=1, keepdims=True)).T, dtype=np.float64)
+        under = _under(means + view.version.halves[0].frame.centre)
+        return np.asarray(queries @ (under / np.linalg.norm(under, axis=1, keepdims=True)).T, dtype=np.float64)
 
     places, scores = _scan(view, score, len(queries), allowed.all(), request.excluded, request.k)
     found = []
@@ -242,6 +255,11 @@ def _by_means(view: View, features: Singles, request: Request, allowed: _Allowed
         order = np.lexsort((ids, -values))
         found.append(Found(ids[order], values[order], float(values.max(initial=-np.inf))))
     return found
+
+
+def _under(whole: Singles) -> Singles:
+    """The instructed half of what is kept of whole prompts."""
+    return whole[:, whole.shape[1] // 2 :]
 
 
 def _scan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,8 @@ from loracompose.retrieval.scale.rows import FileWriter, MappedFile, Rows, file_
 from loracompose.retrieval.scale.structure import Breadth, Structure, read_structure
 from loracompose.retrieval.scale.wordings import Frequencies, WordingFile
 
-MEANS, WORDS, COUNTS, VECTORS, NUMBERS = "means", "words", "counts", "faiss", "npz"
-KINDS = (MEANS, WORDS, COUNTS, VECTORS, NUMBERS)
+MEANS, EDGES, WORDS, COUNTS, VECTORS, NUMBERS = "means", "edges", "words", "counts", "faiss", "npz"
+KINDS = (MEANS, EDGES, WORDS, COUNTS, VECTORS, NUMBERS)
 PATTERNS = tuple(f"version-*.{kind}" for kind in KINDS)
 """The files of versions in an index folder."""
 
@@ -30,11 +30,44 @@ _LOADED = (VECTORS, NUMBERS)  # read as a whole when a version is loaded; of the
 
 
 @dataclass(frozen=True, eq=False)
+class Half:
+    """One half of the features of N adapters, frozen.
+
+    `frame`; `scatter` (D, D), of the frame's freedom; `means` (N, D), centred; `squares` (N,) squared lengths of the
+    whitened means.
+    """
+
+    frame: Frame
+    scatter: Floats
+    means: Rows
+    squares: NDArray[np.float32]
+
+    def arrays(self, prefix: str) -> dict[str, NDArray[Any]]:
+        """What of it stands in the file of numbers."""
+        frame = self.frame
+        arrays = {"centre": frame.centre, "whitening": frame.whitening, "directions": frame.directions}
+        arrays |= {"scatter": self.scatter, "squares": self.squares}
+        return {prefix + name: array for name, array in arrays.items()}
+
+    def notes(self) -> dict[str, float]:
+        """The plain values of its frame."""
+        frame = self.frame
+        return {"freedom": frame.freedom, "shrinkage": frame.shrinkage, "temperature": frame.temperature}
+
+    @classmethod
+    def loaded(cls, prefix: str, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any], path: Path) -> Half:
+        """From the file of numbers and that of the means."""
+        parts = [arrays[prefix + name] for name in ("centre", "whitening", "directions")]
+        frame = Frame(*parts, **notes)
+        return cls(frame, arrays[prefix + "scatter"], Rows(path, len(frame.centre)), arrays[prefix + "squares"])
+
+
+@dataclass(frozen=True, eq=False)
 class Version:
     """Everything frozen of the N adapters of one generation.
 
-    `ids` (N,) their row ids, ascending; `sizes` (N,) examples of each; `squares` (N,) squared lengths of their whitened
-    means; `scatter` (D, D) and the frame's freedom the statistics; `position` how far the version goes.
+    `ids` (N,) their row ids, ascending; `sizes` (N,) examples of each; `halves` what is kept of whole prompts, which
+    faiss searches, and of their edges, which rescores; `position` how far the version goes.
     """
 
     token: str
@@ -42,13 +75,10 @@ class Version:
     position: Position
     ids: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    squares: NDArray[np.float32]
-    scatter: Floats
-    frame: Frame
+    halves: tuple[Half, Half]
     fitted: Fitted
     frequencies: Frequencies
     structure: Structure
-    means: Rows
     words: WordingFile
 
     @cached_property
@@ -93,12 +123,15 @@ def damage(home: Path, record: Record, *, thorough: bool) -> list[str]:
     return found
 
 
-def load_version(home: Path, record: Record, width: int) -> Version:
+def load_version(home: Path, record: Record) -> Version:
     """A version from its files, which `damage` found sound."""
     with np.load(file_of(home, record.token, NUMBERS), allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     notes = json.loads(arrays["notes"].tobytes())
-    frame = Frame(arrays["centre"], arrays["whitening"], arrays["directions"], **notes["frame"])
+    first, second = (
+        Half.loaded(kind, arrays, note, file_of(home, record.token, kind))
+        for kind, note in zip((MEANS, EDGES), notes["halves"], strict=True)
+    )
     words, counts = (MappedFile(file_of(home, record.token, kind)) for kind in (WORDS, COUNTS))
     return Version(
         token=record.token,
@@ -106,26 +139,21 @@ def load_version(home: Path, record: Record, width: int) -> Version:
         position=Position(*notes["position"]),
         ids=arrays["ids"],
         sizes=arrays["sizes"].astype(np.int64),
-        squares=arrays["squares"],
-        scatter=arrays["scatter"],
-        frame=frame,
-        fitted=Fitted(**notes["fitted"]),
+        halves=(first, second),
+        fitted=Fitted(**(notes["fitted"] | {"weights": tuple(notes["fitted"]["weights"])})),
         frequencies=Frequencies(arrays["keys"], arrays["counts"], notes["examples"]),
         structure=read_structure(notes["spec"], file_of(home, record.token, VECTORS), Breadth(**notes["breadth"])),
-        means=Rows(file_of(home, record.token, MEANS), width),
         words=WordingFile(words, counts, arrays["starts"]),
     )
 
 
-def notes_of(position: Position, frame: Frame, fitted: Fitted, examples: int, structure: Structure) -> dict[str, Any]:
+def notes_of(
+    position: Position, halves: Sequence[Half], fitted: Fitted, examples: int, structure: Structure
+) -> dict[str, Any]:
     """The plain values of a version, as `load_version` reads them."""
     return {
         "position": list(position),
-        "frame": {
-            "freedom": frame.freedom,
-            "shrinkage": frame.shrinkage,
-            "temperature": frame.temperature,
-        },
+        "halves": [half.notes() for half in halves],
         "fitted": asdict(fitted),
         "examples": examples,
         "spec": structure.spec,

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loracompose.retrieval.embedding import edges, whole
 from loracompose.retrieval.scale.drift import Drift
 from loracompose.retrieval.scale.ledger import Position, Profile
-from loracompose.retrieval.scale.metric import Frame, Metric, Singles
+from loracompose.retrieval.scale.metric import Metric, Singles
 from loracompose.retrieval.scale.statistics import deviations
 from loracompose.retrieval.scale.structure import Breadth
 from loracompose.retrieval.scale.version import Version
@@ -24,43 +25,42 @@ Places = NDArray[np.int64]
 """Where adapters stand: a row of the version, or N plus a row of those that came since."""
 
 
+_PARTS = (whole, edges)
+
+
 @dataclass(frozen=True, eq=False)
 class Arrivals:
     """Adapters that came since a version, all in memory: one row each of everything that a version has of them."""
 
     ids: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    means: Singles
-    squares: Singles
+    means: tuple[Singles, Singles]
+    squares: tuple[Singles, Singles]
     reduced: Singles
     wordings: tuple[Wordings, ...]
 
     @classmethod
-    def none(cls, frame: Frame) -> Arrivals:
+    def none(cls, version: Version) -> Arrivals:
         """Of no adapter."""
-        empty, width = np.zeros(0, dtype=np.int64), len(frame.centre)
-        return cls(
-            empty,
-            empty,
-            np.zeros((0, width), dtype=np.float32),
-            np.zeros(0, dtype=np.float32),
-            np.zeros((0, frame.stored), dtype=np.float32),
-            (),
-        )
+        empty, frame = np.zeros(0, dtype=np.int64), version.halves[0].frame
+        none = np.zeros((0, len(frame.centre)), dtype=np.float32)
+        reduced = np.zeros((0, frame.stored), dtype=np.float32)
+        return cls(empty, empty, (none, none), (none[:, 0], none[:, 0]), reduced, ())
 
-    def with_profiles(self, frame: Frame, profiles: Sequence[Profile]) -> Arrivals:
+    def with_profiles(self, version: Version, profiles: Sequence[Profile]) -> Arrivals:
         """With more adapters, at the end."""
         if not profiles:
             return self
-        means = np.stack([profile.embeddings.mean(axis=0, dtype=np.float64) for profile in profiles]) - frame.centre
-        centred = means.astype(np.float32)
-        squares = frame.squares(centred)
+        means = np.stack([profile.embeddings.mean(axis=0, dtype=np.float64) for profile in profiles])
+        frames = [half.frame for half in version.halves]
+        centred = [(part(means) - frame.centre).astype(np.float32) for part, frame in zip(_PARTS, frames, strict=True)]
+        squares = [frame.squares(mine) for frame, mine in zip(frames, centred, strict=True)]
         return Arrivals(
             np.concatenate([self.ids, [profile.id for profile in profiles]]),
             np.concatenate([self.sizes, [len(profile.embeddings) for profile in profiles]]),
-            np.concatenate([self.means, centred]),
-            np.concatenate([self.squares, squares]),
-            np.concatenate([self.reduced, frame.reduced(centred, squares)]),
+            _extended(self.means, centred),
+            _extended(self.squares, squares),
+            np.concatenate([self.reduced, frames[0].reduced(centred[0], squares[0])]),
             (*self.wordings, *(read_wording(profile.prompts) for profile in profiles)),
         )
 
@@ -72,8 +72,8 @@ class Arrivals:
         return Arrivals(
             self.ids[kept],
             self.sizes[kept],
-            self.means[kept],
-            self.squares[kept],
+            (self.means[0][kept], self.means[1][kept]),
+            (self.squares[0][kept], self.squares[1][kept]),
             self.reduced[kept],
             tuple(self.wordings[row] for row in kept),
         )
@@ -88,41 +88,50 @@ class View:
     version: Version
     arrivals: Arrivals
     gone: NDArray[np.bool_]
-    drift: Drift
+    drifts: tuple[Drift, Drift]
     position: Position
 
     @classmethod
     def of(cls, version: Version, generation: int, settings: Settings) -> View:
         """A version, and nothing since."""
-        frame = version.frame
-        drift = Drift.none(len(frame.centre), frame.freedom, 1.0 - frame.shrinkage)
+        frames = [half.frame for half in version.halves]
+        first, second = (Drift.none(len(frame.centre), frame.freedom, 1.0 - frame.shrinkage) for frame in frames)
         gone = np.zeros(len(version.ids), dtype=np.bool_)
-        return cls(generation, settings, version, Arrivals.none(frame), gone, drift, version.position)
+        return cls(generation, settings, version, Arrivals.none(version), gone, (first, second), version.position)
 
     def moved(
         self, generation: int, position: Position, settings: Settings, came: Sequence[Profile], went: Sequence[Profile]
     ) -> View:
         """After these came and went."""
-        frame, drift, gone, arrivals = self.version.frame, self.drift, self.gone, self.arrivals
+        gone, arrivals = self.gone, self.arrivals
         known = set(arrivals.ids.tolist())
         left = [profile for profile in went if profile.id in known or profile.id <= self.version.position.adapter]
-        for sign, profiles in ((1, came), (-1, left)):
-            for profile in profiles:
-                white = frame.whitened(deviations(profile.embeddings))
-                drift = drift.moved(white, len(profile.embeddings) - 1, sign)
+        first, second = (self._drift(number, came, left) for number in range(2))
         if left:
             ids = np.array([profile.id for profile in left], dtype=np.int64)
             gone = gone | np.isin(self.version.ids, ids)
             arrivals = arrivals.without(set(ids.tolist()))
-        return View(generation, settings, self.version, arrivals.with_profiles(frame, came), gone, drift, position)
+        arrivals = arrivals.with_profiles(self.version, came)
+        return View(generation, settings, self.version, arrivals, gone, (first, second), position)
+
+    def _drift(self, number: int, came: Sequence[Profile], left: Sequence[Profile]) -> Drift:
+        drift, frame, part = self.drifts[number], self.version.halves[number].frame, _PARTS[number]
+        for sign, profiles in ((1, came), (-1, left)):
+            for profile in profiles:
+                white = frame.whitened(deviations(part(profile.embeddings)))
+                drift = drift.moved(white, len(white) - 1, sign)
+        return drift
 
     def __len__(self) -> int:
         return len(self.gone) - int(self.gone.sum()) + len(self.arrivals.ids)
 
     @cached_property
-    def metric(self) -> Metric:
-        """The metric of the current statistics."""
-        return Metric.of(self.version.frame, self.drift)
+    def metrics(self) -> tuple[Metric, Metric]:
+        """The metrics of the current statistics, of whole prompts and of their edges."""
+        first, second = (
+            Metric.of(half.frame, drift) for half, drift in zip(self.version.halves, self.drifts, strict=True)
+        )
+        return first, second
 
     def temperature(self, scoring: Scoring) -> float:
         """As `Snapshot.temperature`."""
@@ -138,13 +147,16 @@ class View:
         """Adapters that came or went since the version."""
         return len(self.arrivals.ids) + int(self.gone.sum())
 
-    def centred(self, features: Singles) -> Singles:
-        """Features of prompts, (n, D), less the centre of the version."""
-        return features - self.version.frame.centre
+    def centred(self, features: Singles) -> tuple[Singles, Singles]:
+        """Both halves of features of prompts, (n, width), less the centres of the version, each (n, D)."""
+        first, second = (
+            half.frame.centred(part(features)) for half, part in zip(self.version.halves, _PARTS, strict=True)
+        )
+        return first, second
 
     def near(self, query: Singles, breadth: Breadth) -> Places:
-        """Places of candidates for one centred prompt (D,): the nearest by reduced vectors, nearest first."""
-        reduced = self.version.frame.queries(query[None])
+        """Places of candidates for one centred whole prompt (D,): the nearest by reduced vectors, nearest first."""
+        reduced = self.version.halves[0].frame.queries(query[None])
         rows, distances = self.version.structure.near(reduced, breadth)
         inside = rows[0] >= 0
         rows, distances = rows[0][inside], distances[0][inside]
@@ -157,15 +169,21 @@ class View:
         order = np.argsort(np.concatenate([distances, later]), kind="stable")
         return np.asarray(places[order[: breadth.candidates]])
 
-    def fits(self, query: Singles, places: Places) -> NDArray[np.float64]:
-        """How well one centred prompt (D,) fits the adapters in these places, exactly, (C,)."""
-        if not len(self.arrivals.ids):
-            return self.metric.fits(query, self.version.means.take(places), self.version.squares[places])
+    def fits(self, query: Singles, places: Places, number: int = 0) -> NDArray[np.float64]:
+        """How well half a prompt, centred, (D,), fits the adapters in these places, exactly, (C,).
+
+        Args:
+            query: whole prompt, or with number 1 its edges.
+            places: of the adapters.
+            number: 0 or 1.
+        """
+        half, metric, arrivals = self.version.halves[number], self.metrics[number], self.arrivals
+        if not len(arrivals.ids):
+            return metric.fits(query, half.means.take(places), half.squares[places])
         early, late = self._parted(places)
-        means = np.concatenate([self.version.means.take(early), self.arrivals.means[late]])
-        squares = np.concatenate([self.version.squares[early], self.arrivals.squares[late]])
-        fits = self.metric.fits(query, means, squares)
-        return np.asarray(self._joined(places, fits))
+        means = np.concatenate([half.means.take(early), arrivals.means[number][late]])
+        squares = np.concatenate([half.squares[early], arrivals.squares[number][late]])
+        return np.asarray(self._joined(places, metric.fits(query, means, squares)))
 
     def evidence(self, keys: Short, places: Places) -> NDArray[np.float64]:
         """Evidence of a prompt, given by its short keys, for the adapters in these places, (C,)."""
@@ -191,13 +209,14 @@ class View:
         return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
     def blocks(self) -> Iterator[tuple[Places, Singles, Singles]]:
-        """All adapters by blocks: places, centred means, squares."""
-        for start, means in self.version.means.blocks():
+        """All adapters by blocks: places, and of whole prompts the centred means and their squares."""
+        half = self.version.halves[0]
+        for start, means in half.means.blocks():
             rows = start + np.flatnonzero(~self.gone[start : start + len(means)])
-            yield rows, means[rows - start], self.version.squares[rows]
+            yield rows, means[rows - start], half.squares[rows]
         if len(self.arrivals.ids):
             later = len(self.gone) + np.arange(len(self.arrivals.ids))
-            yield later, self.arrivals.means, self.arrivals.squares
+            yield later, self.arrivals.means[0], self.arrivals.squares[0]
 
     def _gathered(self, places: Places, early: NDArray[np.int64], late: NDArray[np.int64]) -> NDArray[np.int64]:
         """What stands in these places, (C,), of numbers of the version and of what came since."""
@@ -219,3 +238,8 @@ class View:
         joined = np.empty_like(values)
         joined[np.concatenate([np.flatnonzero(~late), np.flatnonzero(late)])] = values
         return joined
+
+
+def _extended(old: tuple[Singles, Singles], new: Sequence[Singles]) -> tuple[Singles, Singles]:
+    first, second = (np.concatenate(pair) for pair in zip(old, new, strict=True))
+    return first, second

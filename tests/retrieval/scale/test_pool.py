@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loracompose.retrieval.database import Database
-from loracompose.retrieval.embedding import features
+from loracompose.retrieval.embedding import features, whole
 from loracompose.retrieval.scale import making
 from loracompose.retrieval.scale.ledger import Profile, generation_and_record
 from loracompose.retrieval.scale.making import CancelledError, make_version
@@ -39,16 +39,17 @@ def assert_same(found, expected):
 def by_definition(index):
     """Scores of all adapters for PROMPTS, from the catalog alone, under the frozen covariance and what changed it."""
     view = index._large.view()
-    frame, drift = view.version.frame, view.drift
+    half, drift = view.version.halves[0], view.drifts[0]
+    frame = half.frame
     entries = index.catalog.entries()
-    groups = [index.catalog.embeddings(entry.id).astype(np.float64) for entry in entries]
+    groups = [whole(index.catalog.embeddings(entry.id)).astype(np.float64) for entry in entries]
     scatter = sum((group - group.mean(axis=0)).T @ (group - group.mean(axis=0)) for group in groups)
     frozen = np.linalg.inv(frame.whitening @ frame.whitening.T)
     weight = 1 - frame.shrinkage
-    base = frame.freedom * frozen + weight * (scatter - view.version.scatter)
+    base = frame.freedom * frozen + weight * (scatter - half.scatter)
     inverse = np.linalg.inv(base / (frame.freedom + weight * drift.freedom))
     means = np.stack([group.mean(axis=0) for group in groups])
-    gaps = features(EMBEDDER, PROMPTS, view.settings)[:, None] - means
+    gaps = whole(features(EMBEDDER, PROMPTS, view.settings))[:, None] - means
     fits = -0.5 * np.einsum("pkd,de,pke->pk", gaps, inverse, gaps) / frame.temperature
     return [entry.card.name for entry in entries], log_softmax(fits)
 
@@ -126,16 +127,18 @@ def test_a_version_made_from_the_one_before_is_one_made_from_the_catalog(tmp_pat
         versions = []
         for previous in (before, None):
             record = make_version(database, index.folder, previous)
-            versions.append(load_version(index.folder, record, index.catalog.settings.width))
+            versions.append(load_version(index.folder, record))
         database.close()
         one, other = versions
         assert one.ids.tolist() == other.ids.tolist() == index.catalog.ids()
-        assert (one.sizes.tolist(), one.frame.freedom) == (other.sizes.tolist(), other.frame.freedom)
-        np.testing.assert_allclose(one.scatter, other.scatter, atol=1e-5)
-        np.testing.assert_allclose(one.frame.precision, other.frame.precision, rtol=1e-3, atol=1e-3)
+        assert one.sizes.tolist() == other.sizes.tolist()
         rows = np.arange(len(one.ids))
-        whole = [version.means.take(rows) + version.frame.centre for version in versions]
-        np.testing.assert_allclose(*whole, atol=1e-6)
+        for mine, theirs in zip(one.halves, other.halves, strict=True):
+            assert mine.frame.freedom == theirs.frame.freedom
+            np.testing.assert_allclose(mine.scatter, theirs.scatter, atol=1e-5)
+            np.testing.assert_allclose(mine.frame.precision, theirs.frame.precision, rtol=1e-3, atol=1e-3)
+            means = [half.means.take(rows) + half.frame.centre for half in (mine, theirs)]
+            np.testing.assert_allclose(*means, atol=1e-6)
         for mine, theirs in zip(one.words.take(rows), other.words.take(rows), strict=True):
             np.testing.assert_array_equal(mine, theirs)
 
@@ -153,10 +156,10 @@ def test_rewhitening_behind_the_searches_changes_no_result_beyond_what_the_choic
         fresh = pool.current()
         assert fresh.version is not first.version
         assert (fresh.changed, len(fresh)) == (0, 33)
-        query = fresh.centred(features(EMBEDDER, PROMPTS[:1], fresh.settings))[0]
+        query = fresh.centred(features(EMBEDDER, PROMPTS[:1], fresh.settings))[0][0]
         places = [view.places(fresh.version.ids) for view in (drifted, fresh)]
         old, new = (view.fits(query, place) for view, place in zip((drifted, fresh), places, strict=True))
-        old, new = old * drifted.version.frame.temperature, new * fresh.version.frame.temperature
+        old, new = (view.version.halves[0].frame.temperature * fit for view, fit in ((drifted, old), (fresh, new)))
         assert np.corrcoef(old, new)[0, 1] > 0.99
         assert old.argmax() == new.argmax()
         pool.close()

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ def measure(
         "encoder": "left out: embeddings are synthetic",
         "pools": pools,
     }
+
+
+def merged(result: dict[str, Any], before: Path) -> dict[str, Any]:
+    """The result, with the pools of an earlier one whose sizes it lacks, and numbers of four digits."""
+    pools = {pool["adapters"]: pool for pool in result["pools"]}
+    if before.is_file():
+        for pool in json.loads(before.read_text(encoding="utf-8"))["pools"]:
+            pools.setdefault(pool["adapters"], pool)
+    return {**result, "pools": [_rounded(pools[size]) for size in sorted(pools)]}
 
 
 def embed_profiles(path: Path, target: Path) -> None:
@@ -230,11 +240,11 @@ def _changes(index: AdapterIndex, profiles: Profiles, folder: Path) -> dict[str,
         new = _adapter_folder(made / f"added-{row}", drawn.texts[row])
         known = _Given(drawn.embeddings[row], drawn.texts[row])
         index.embedder.function.known |= known.known  # type: ignore[attr-defined]
-        adding.append(_milliseconds(lambda new=new: index.add(new)))
-        after_add.append(_milliseconds(lambda row=row: index.search([drawn.texts[row][0]])))
+        adding.append(_milliseconds(partial(index.add, new)))
+        after_add.append(_milliseconds(partial(index.search, [drawn.texts[row][0]])))
     for row in range(_CHANGES):
-        removing.append(_milliseconds(lambda row=row: index.remove(f"{row:07d}" if row % 2 else f"added-{row}")))
-        after_remove.append(_milliseconds(lambda row=row: index.search([drawn.texts[row][0]])))
+        removing.append(_milliseconds(partial(index.remove, f"{row:07d}" if row % 2 else f"added-{row}")))
+        after_remove.append(_milliseconds(partial(index.search, [drawn.texts[row][0]])))
     shutil.rmtree(made)
     named = {"add": adding, "search_after_add": after_add, "remove": removing, "search_after_remove": after_remove}
     return {f"{name}_ms": {"p50": float(np.median(values)), "max": max(values)} for name, values in named.items()}
@@ -320,6 +330,12 @@ def _one_thread() -> None:
 
     faiss.omp_set_num_threads(1)
     torch.set_num_threads(1)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _milliseconds(action: Callable[[], object]) -> float:

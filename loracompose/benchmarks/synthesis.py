@@ -51,7 +51,7 @@ class Profiles:
         return np.asarray(self.means - self.means.mean(axis=0), dtype=np.float32)
 
     @cached_property
-    def words(self) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    def words(self) -> tuple[tuple[tuple[tuple[str, ...], ...], ...], tuple[str, ...]]:
         """The words of each adapter's prompts, cut short; and all of them."""
         cut = [tuple(text.split()[:_WORDS]) for text in self.texts]
         own = tuple(

@@ -45,6 +45,18 @@ def derive(catalog: Catalog, home: Path) -> None:
         take_snapshot(catalog, home / VECTORS_FILE)
 
 
+def broken_files(catalog: Catalog, home: Path) -> list[str]:
+    """What is wrong with the files that searches of a large pool read; every byte is hashed."""
+    if not catalog.database.rows("SELECT 1 FROM sqlite_master WHERE name = 'version'"):
+        return []
+    from loracompose.retrieval.scale import ledger, version
+
+    _, record = ledger.generation_and_record(catalog.database)
+    if record is None or record.epoch != catalog.settings.epoch:  # the next search makes one
+        return []
+    return version.damage(home, record, thorough=True)
+
+
 class SizedPool:
     """Searches of the pool of one index while it is large; `view` is None while it is not."""
 

@@ -45,8 +45,13 @@ class Half:
     def arrays(self, prefix: str) -> dict[str, NDArray[Any]]:
         """What of it stands in the file of numbers."""
         frame = self.frame
-        arrays = {"centre": frame.centre, "whitening": frame.whitening, "directions": frame.directions}
-        arrays |= {"scatter": self.scatter, "squares": self.squares}
+        arrays: dict[str, NDArray[Any]] = {
+            "centre": frame.centre,
+            "whitening": frame.whitening,
+            "directions": frame.directions,
+            "scatter": self.scatter,
+            "squares": self.squares,
+        }
         return {prefix + name: array for name, array in arrays.items()}
 
     def notes(self) -> dict[str, float]:
@@ -57,8 +62,7 @@ class Half:
     @classmethod
     def loaded(cls, prefix: str, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any], path: Path) -> Half:
         """From the file of numbers and that of the means."""
-        parts = [arrays[prefix + name] for name in ("centre", "whitening", "directions")]
-        frame = Frame(*parts, **notes)
+        frame = Frame(arrays[prefix + "centre"], arrays[prefix + "whitening"], arrays[prefix + "directions"], **notes)
         return cls(frame, arrays[prefix + "scatter"], Rows(path, len(frame.centre)), arrays[prefix + "squares"])
 
 

@@ -163,7 +163,7 @@ class View:
         staying = ~self.gone[rows]
         rows, distances = rows[staying], distances[staying]
         if not len(self.arrivals.ids):
-            return rows
+            return np.asarray(rows)
         later = ((self.arrivals.reduced - reduced) ** 2).sum(axis=1)
         places = np.concatenate([rows, len(self.gone) + np.arange(len(later))])
         order = np.argsort(np.concatenate([distances, later]), kind="stable")

@@ -249,6 +249,26 @@ def test_a_version_whose_file_is_missing_or_damaged_is_made_anew(tmp_path, kind,
         assert again._large.view().version.token != token
 
 
+def test_every_byte_of_a_version_is_verified_and_repair_makes_it_anew(tmp_path):
+    with large(tmp_path) as index:
+        expected = index.search(PROMPTS, 5)
+        token = index._large.view().version.token
+
+        def derived():
+            return [problem for problem in index.verify().problems if problem.kind == "derived"]
+
+        assert derived() == []
+        path = file_of(index.folder, token, "means")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        assert [problem.what for problem in derived()] == [f"{path.name} is damaged"]
+        index.repair()
+        assert derived() == []
+        assert_same(index.search(PROMPTS, 5), expected)
+        assert index._large.view().version.token != token
+
+
 def test_a_version_of_other_embeddings_is_made_anew(tmp_path):
     with large(tmp_path) as index:
         index.search(PROMPTS)

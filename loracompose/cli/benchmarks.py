@@ -1,4 +1,4 @@
-"""loracompose bench crash | retrieval."""
+"""loracompose bench: crash, retrieval, scale."""
 
 from __future__ import annotations
 
@@ -75,3 +75,31 @@ def retrieval(
         return
     for made in retrieval_tables(result):
         tables.console().print(made)
+
+
+@app.command()
+def scale(
+    profiles: Annotated[Path, typer.Argument(help="JSON lines with the adapter and prompt of real profiles.")],
+    work: Annotated[
+        Path, typer.Argument(help="Folder for the pools: 25 GB for a million adapters, for the time being.")
+    ],
+    sizes: Annotated[list[int] | None, typer.Option("--size", help="Adapters; may be repeated.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file to write; pools of other sizes in it stay.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="SVG file to draw; needs loracompose[bench].")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Build synthetic pools of growing size; time, memory and recall of searching and changing them."""
+    from loracompose.benchmarks.scale import SIZES, measure, merged
+    from loracompose.benchmarks.scale_figure import draw
+
+    console = tables.console()
+    result = measure(profiles, work, sizes or SIZES, lambda text: None if as_json else console.print(text))
+    if output is not None:
+        result = merged(result, output)
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if figure is not None:
+        draw(result, figure)
+    if as_json:
+        tables.show_json(result)

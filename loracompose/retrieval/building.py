@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,10 +12,10 @@ from loracompose.retrieval.admission import CONFIG_FILE, Admitted, admitted
 from loracompose.retrieval.catalog import Catalog, Settings
 from loracompose.retrieval.embedding import Embedder, SentenceTransformerEmbedder
 from loracompose.retrieval.entering import embedded
-from loracompose.retrieval.placement import CATALOG_FILE, VECTORS_FILE, check_free, made_aside
+from loracompose.retrieval.placement import CATALOG_FILE, check_free, made_aside
 from loracompose.retrieval.resuming import EmbeddedSoFar
+from loracompose.retrieval.scale.sized import derive
 from loracompose.retrieval.scoring import Scoring, check_scoring
-from loracompose.retrieval.snapshot import take_snapshot
 
 _TOGETHER = 1000  # adapters per transaction: one for each would wait for the disk, one for all make a long log
 
@@ -65,6 +65,7 @@ def reembed(catalog: Catalog, embedder: Embedder) -> None:
     old, entries = catalog.settings, catalog.entries()
     scoring = check_scoring(old.scoring)
     settings = describe(embedder, instruction=old.instruction, scoring=scoring, copies=old.copies, epoch=old.epoch + 1)
+    settings = replace(settings, exact_limit=old.exact_limit, precision=old.precision)
     embeddings = {entry.id: embedded(entry.card, embedder, settings) for entry in entries}
     catalog.replace_embeddings(settings, embeddings)
 
@@ -123,7 +124,7 @@ def _write(entering: list[Admitted], done: EmbeddedSoFar, home: Path, settings: 
             with catalog.writing():
                 for new in entering[start : start + _TOGETHER]:
                     catalog.add(new.card, new.path, done.get(new.card.examples))
-        take_snapshot(catalog, home / VECTORS_FILE)
+        derive(catalog, home)
 
 
 @contextmanager

@@ -216,7 +216,7 @@ class Catalog:
             self._set("settings", json.dumps(asdict(settings)))
             self.database.execute("DELETE FROM examples")
             for entry in before:
-                tables.insert_examples(self.database, entry, embeddings[entry.id], settings.width)
+                tables.insert_examples(self.database, entry, embeddings[entry.id], settings)
 
     def note(self, key: str, generation: int, value: str) -> None:
         """Keep a value derived from this generation; dropped if the catalog moved on or is read-only."""
@@ -244,7 +244,7 @@ class Catalog:
         if settings.epoch != epoch:
             raise ValueError(f"the index was embedded anew while {card.name!r} was being embedded; try again")
         entry = tables.insert_adapter(self.database, card, path)
-        tables.insert_examples(self.database, entry, embeddings, settings.width)
+        tables.insert_examples(self.database, entry, embeddings, settings)
         return entry
 
     def _get(self, key: str) -> str:

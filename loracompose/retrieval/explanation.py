@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,42 @@ def explain(snapshot: Snapshot, features: NDArray[np.float32], prompt: str, k: i
     """The k best adapters of the hybrid scoring for one prompt, explained; `features` (1, width) are the prompt's."""
     parts = snapshot.hybrid.channels(features, [prompt])
     shares = np.concatenate([parts[name] for name in CHANNELS])  # (channels, N)
+    best = shares.sum(axis=0).max(keepdims=True) if shares.size else np.array([-np.inf])
+    return explain_candidates(
+        prompt,
+        features,
+        cards=snapshot.cards,
+        examples=lambda row: snapshot.examples[row],
+        shares=shares,
+        lexicon=snapshot.hybrid.lexicon,
+        typicality=float(snapshot.typicality("hybrid", best)[0]),
+        k=k,
+    )
+
+
+def explain_candidates(
+    prompt: str,
+    features: NDArray[np.float32],
+    *,
+    cards: Sequence[Card],
+    examples: Callable[[int], NDArray[np.float32]],
+    shares: NDArray[np.float64],
+    lexicon: Lexicon,
+    typicality: float,
+    k: int,
+) -> Explanation:
+    """The k best of N adapters, explained.
+
+    Args:
+        prompt: the prompt.
+        features: of the prompt, (1, width).
+        cards: of the adapters.
+        examples: embeddings of the examples of one of them, (examples, width).
+        shares: what each channel adds to their fits, (channels, N).
+        lexicon: of the adapters.
+        typicality: of the prompt.
+        k: at least 1.
+    """
     fits = shares.sum(axis=0)
     scores = log_softmax(fits[None])[0]
     order = np.argsort(-scores, kind="stable").tolist()
@@ -72,16 +108,15 @@ def explain(snapshot: Snapshot, features: NDArray[np.float32], prompt: str, k: i
         rivals = order[1:2] if place == 0 else order[:1]
         candidates.append(
             Candidate(
-                card=snapshot.cards[row],
+                card=cards[row],
                 score=float(scores[row]),
                 channels={name: float(value) for name, value in zip(CHANNELS, ahead[:, row], strict=True)},
                 decisive=_decisive(shares[:, row], shares[:, rivals[0]]) if rivals else "",
-                nearest=_nearest(snapshot, features, row),
-                wordings=_wordings(snapshot.hybrid.lexicon, prompt, row),
+                nearest=_nearest(examples(row), cards[row], features),
+                wordings=_wordings(lexicon, prompt, row),
             )
         )
-    best = fits.max(keepdims=True) if len(fits) else np.array([-np.inf])
-    return Explanation(prompt, tuple(candidates), float(snapshot.typicality("hybrid", best)[0]))
+    return Explanation(prompt, tuple(candidates), typicality)
 
 
 def _decisive(own: NDArray[np.float64], rival: NDArray[np.float64]) -> str:
@@ -89,11 +124,10 @@ def _decisive(own: NDArray[np.float64], rival: NDArray[np.float64]) -> str:
     return CHANNELS[int(np.argmax(gaps if gaps.sum() >= 0 else -gaps))]
 
 
-def _nearest(snapshot: Snapshot, features: NDArray[np.float32], row: int) -> tuple[Nearby, ...]:
-    similarities = instructed(snapshot.examples[row]) @ instructed(features)[0]  # (examples,)
-    texts = snapshot.cards[row].examples
+def _nearest(examples: NDArray[np.float32], card: Card, features: NDArray[np.float32]) -> tuple[Nearby, ...]:
+    similarities = instructed(examples) @ instructed(features)[0]  # (examples,)
     best = np.argsort(-similarities, kind="stable")[:_NEAREST]
-    return tuple(Nearby(texts[i], float(similarities[i])) for i in best)
+    return tuple(Nearby(card.examples[i], float(similarities[i])) for i in best)
 
 
 def _wordings(lexicon: Lexicon, prompt: str, row: int) -> tuple[str, ...]:

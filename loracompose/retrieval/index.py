@@ -23,6 +23,7 @@ from loracompose.retrieval.embedding import (
 )
 from loracompose.retrieval.filtering import Exclude, Where, allowed_rows, check_request, excluded_rows
 from loracompose.retrieval.placement import VECTORS_FILE
+from loracompose.retrieval.scale.sized import SizedPool
 from loracompose.retrieval.scoring import DEFAULT_SCORING, Scoring, check_scoring
 from loracompose.retrieval.stored import StoredIndex, open_catalog
 
@@ -63,6 +64,7 @@ class AdapterIndex(StoredIndex):
         self.report = report
         self._embedder = embedder
         self._snapshot: Snapshot | None = None
+        self._large = SizedPool(catalog, folder)
         self._refreshing = threading.Lock()
 
     @classmethod
@@ -166,6 +168,11 @@ class AdapterIndex(StoredIndex):
         with AdapterIndex.open(home) as restored:
             return restored.verify()
 
+    def close(self) -> None:
+        """Close the catalog, and end what runs behind the searches; closing twice is fine."""
+        self._large.close()
+        super().close()
+
     def __repr__(self) -> str:
         return f"AdapterIndex({str(self.folder)!r}, embedder={self._embedder or self.catalog.settings.encoder!r})"
 
@@ -189,7 +196,7 @@ class AdapterIndex(StoredIndex):
     @property
     def temperature(self) -> float:
         """Temperature of the default weights: fitted on the present examples for means, 1 for probabilities."""
-        return self._current().temperature(self.scoring)
+        return (self._large.view() or self._current()).temperature(self.scoring)
 
     @property
     def scoring(self) -> Scoring:
@@ -202,7 +209,8 @@ class AdapterIndex(StoredIndex):
         Raises:
             ValueError: the index was embedded with another encoder or revision, or with a callable that is not given.
         """
-        self._current()
+        if self._large.view(self.embedder) is None:
+            self._current()
 
     def add(self, folder: str | Path) -> Card:
         """Check, embed and enter one adapter; it is found by every search that starts afterwards.
@@ -232,7 +240,7 @@ class AdapterIndex(StoredIndex):
         from loracompose.retrieval import building
 
         building.reembed(self.catalog, self.embedder)
-        self._current()
+        self.prepare()
 
     def verify(self) -> VerifyReport:
         """Check that every adapter is there and unchanged, and that everything derived agrees with the catalog."""
@@ -285,6 +293,9 @@ class AdapterIndex(StoredIndex):
 
         check_request(prompts, k)
         way = self.scoring if scoring is None else check_scoring(scoring)
+        found = self._large.search(self.embedder, prompts, k, exclude, where, way)
+        if found is not None:
+            return found
         snapshot = self._current()
         allowed = allowed_rows(snapshot.cards, where)
         excluded = excluded_rows(exclude, len(prompts), snapshot.rows)
@@ -304,6 +315,9 @@ class AdapterIndex(StoredIndex):
         from loracompose.retrieval.explanation import explain
 
         check_request([prompt], k)
+        found = self._large.explain(self.embedder, prompt, k)
+        if found is not None:
+            return found
         snapshot = self._current()
         return explain(snapshot, features(self.embedder, [prompt], snapshot.settings), prompt, k)
 

@@ -21,7 +21,12 @@ CATALOG_FILE = "catalog.sqlite"
 VECTORS_FILE = "vectors.faiss"
 
 # SQLite's own files beside the catalog, and what a crash in the middle of writing the faiss file leaves.
-_OWN = (*(CATALOG_FILE + end for end in ("", "-wal", "-shm", "-journal")), f"{VECTORS_FILE}*", f".{VECTORS_FILE}*")
+_OWN = (
+    *(CATALOG_FILE + end for end in ("", "-wal", "-shm", "-journal")),
+    f"{VECTORS_FILE}*",
+    f".{VECTORS_FILE}*",
+    "version-*",
+)
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
 _HERE = -100  # AT_FDCWD of <fcntl.h>

@@ -16,8 +16,7 @@ from loracompose.retrieval.copies import discard_copy, make_copy
 from loracompose.retrieval.embedding import Embedder, check_encoder
 from loracompose.retrieval.entering import embedded
 from loracompose.retrieval.locking import locked
-from loracompose.retrieval.placement import VECTORS_FILE
-from loracompose.retrieval.snapshot import take_snapshot
+from loracompose.retrieval.scale.sized import derive
 from loracompose.retrieval.upkeep import forget_derived, refer
 from loracompose.retrieval.verification import Problem, verify
 
@@ -54,7 +53,7 @@ def repair(catalog: Catalog, home: Path, encoder: Callable[[], Embedder], look_i
         drop_leftovers(catalog, home)
     after = verify(catalog, home).problems
     if kinds & {"embeddings", "derived"} and not any(problem.kind == "embeddings" for problem in after):
-        take_snapshot(catalog, home / VECTORS_FILE)
+        derive(catalog, home)
     return RepairReport(tuple(problem for problem in before if problem not in after), after)
 
 

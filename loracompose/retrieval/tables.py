@@ -43,6 +43,9 @@ CREATE TABLE tombstones (
 CREATE INDEX tombstones_by_name ON tombstones (name);
 CREATE TABLE derived (key TEXT PRIMARY KEY, generation INTEGER NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
 """
+EXACT_LIMIT = 4096
+"""Adapters up to which all are compared with every prompt, unless an index says otherwise."""
+
 _CHUNK = 500  # row ids per query: SQLite limits the variables of a statement
 
 
@@ -53,7 +56,8 @@ class Settings:
     An example is stored as four embeddings side by side, `width` numbers: `embedding.features` says of what.
     `scoring` is how a search compares unless it says otherwise. `loadable` says that the encoder is a
     sentence-transformers model that its name is enough to load; `copies` that adapter folders are copied into the
-    index. `epoch` counts how often everything was embedded anew.
+    index. `epoch` counts how often everything was embedded anew. Pools of more than `exact_limit` adapters are searched
+    through a version (`scale/`). Embeddings are stored as numbers of `precision` bytes, 4 or 2.
     """
 
     encoder: str
@@ -64,6 +68,8 @@ class Settings:
     loadable: bool = False
     copies: bool = False
     epoch: int = 0
+    exact_limit: int = EXACT_LIMIT
+    precision: int = 4
 
     @property
     def width(self) -> int:
@@ -104,13 +110,26 @@ def select_embeddings(database: Database, id: int, width: int) -> NDArray[np.flo
     """
     query = "SELECT embedding FROM examples WHERE adapter = ? ORDER BY position"
     blobs = [row[0] for row in database.rows(query, id)]
-    wrong = next((blob for blob in blobs if len(blob) != 4 * width), None)
-    if wrong is not None:
+    try:
+        return stored_embeddings(blobs, width)
+    except ValueError as error:
         raise ValueError(
-            f"{database.path}: an embedding of the adapter with row id {id} has {len(wrong)} bytes, expected "
-            f"{4 * width}; embed everything anew with AdapterIndex.open(folder, reembed=True)"
-        )
-    return np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(blobs), width).astype(np.float32)
+            f"{database.path}: an embedding of the adapter with row id {id} has {error}; embed everything anew with "
+            "AdapterIndex.open(folder, reembed=True)"
+        ) from error
+
+
+def stored_embeddings(blobs: Sequence[bytes], width: int) -> NDArray[np.float32]:
+    """Embeddings as they are stored, in single or in half precision, (len(blobs), width).
+
+    Raises:
+        ValueError: one has the wrong number of bytes.
+    """
+    size = 2 * width if blobs and len(blobs[0]) == 2 * width else 4 * width
+    wrong = next((blob for blob in blobs if len(blob) != size), None)
+    if wrong is not None:
+        raise ValueError(f"{len(wrong)} bytes, expected {size}")
+    return np.frombuffer(b"".join(blobs), dtype=f"<f{size // width}").reshape(len(blobs), width).astype(np.float32)
 
 
 def insert_adapter(database: Database, card: Card, path: str) -> Entry:
@@ -124,19 +143,19 @@ def insert_adapter(database: Database, card: Card, path: str) -> Entry:
     return Entry(id, card, path)
 
 
-def insert_examples(database: Database, entry: Entry, embeddings: NDArray[np.float32], width: int) -> None:
-    """Insert the examples of an adapter with their embeddings, (examples, width).
+def insert_examples(database: Database, entry: Entry, embeddings: NDArray[np.float32], settings: Settings) -> None:
+    """Insert the examples of an adapter with their embeddings, (examples, width), in the precision of the settings.
 
     Raises:
         ValueError: the embeddings do not fit the card or are not finite.
     """
-    expected = (len(entry.card.examples), width)
+    expected = (len(entry.card.examples), settings.width)
     if embeddings.shape != expected or not np.isfinite(embeddings).all():
         raise ValueError(
             f"{entry.card.name}: embeddings must be finite and {expected}, got {embeddings.shape}; check the embedder"
         )
     for position, (prompt, row) in enumerate(zip(entry.card.examples, embeddings, strict=True)):
-        blob = row.astype("<f4").tobytes()
+        blob = row.astype(f"<f{settings.precision}").tobytes()
         database.execute("INSERT INTO examples VALUES (?, ?, ?, ?)", entry.id, position, prompt, blob)
 
 

@@ -39,6 +39,8 @@ def forget_derived(catalog: Catalog, *, outdated: bool = False) -> None:
     with catalog.writing():
         before = catalog.generation if outdated else catalog.generation + 1
         catalog.database.execute("DELETE FROM derived WHERE generation < ?", before)
+        if not outdated and catalog.database.rows("SELECT 1 FROM sqlite_master WHERE name = 'version'"):
+            catalog.database.execute("DELETE FROM version")  # of a large pool; see scale/ledger.py
 
 
 def _summed(row: tuple[object, ...]) -> bytes:

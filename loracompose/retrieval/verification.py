@@ -18,6 +18,7 @@ from loracompose.retrieval.copies import leftover_copies
 from loracompose.retrieval.embedding import representation
 from loracompose.retrieval.fitting import Fitted
 from loracompose.retrieval.placement import VECTORS_FILE
+from loracompose.retrieval.scale.sized import broken_files
 from loracompose.retrieval.snapshot import FITTED_KEY, VECTORS_KEY, all_vectors, read_vectors
 
 Kind = Literal["catalog", "missing", "adapter", "embeddings", "derived", "leftover"]
@@ -65,6 +66,7 @@ def verify(catalog: Catalog, home: Path) -> VerifyReport:
         problems = [problem for entry in entries for problem in _embeddings(catalog, entry)]
         problems += [] if problems else _vectors(catalog, home, entries)
         problems += _fitted(catalog)
+        problems += [Problem(None, what, _REDERIVE, "derived") for what in broken_files(catalog, home)]
     adapters = [(entry.id, problem) for entry in entries for problem in _adapter(home, entry)]
     still_there = set(catalog.ids()) if adapters else set()  # others may remove adapters while these are read
     problems += [problem for id, problem in adapters if id in still_there]

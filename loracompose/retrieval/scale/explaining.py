@@ -1,0 +1,37 @@
+"""Explanations in a large pool: those of the candidates, by the scores that the search gives them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loracompose.retrieval.catalog import Catalog
+from loracompose.retrieval.explanation import Explanation, explain_candidates
+from loracompose.retrieval.lexicon import Lexicon
+from loracompose.retrieval.scale.metric import Singles
+from loracompose.retrieval.scale.searching import WORDED, channels
+from loracompose.retrieval.scale.view import View
+
+
+def explain_view(view: View, catalog: Catalog, features: Singles, prompt: str, k: int) -> Explanation:
+    """As `explain`, among the candidates; n-grams are those that speak for an adapter against the other candidates."""
+    query = [half[0] for half in view.centred(features)]
+    places = view.near(query[0], view.version.structure.breadth)
+    fits = view.fits(query[0], places)
+    places = places[np.argsort(-fits, kind="stable")[: max(WORDED, k)]]
+    places = places[np.argsort(view.ids(places))]
+    entries = {entry.id: entry for entry in catalog.entries(view.ids(places).tolist())}
+    kept = np.array([id in entries for id in view.ids(places).tolist()], dtype=np.bool_)
+    places = places[kept]
+    found = [entries[id] for id in view.ids(places).tolist()]
+    shares = np.stack(channels(view, prompt, query, places))
+    best = shares.sum(axis=0).max(keepdims=True) if len(places) else np.array([-np.inf])
+    return explain_candidates(
+        prompt,
+        features,
+        cards=[entry.card for entry in found],
+        examples=lambda row: catalog.embeddings(found[row].id),
+        shares=shares,
+        lexicon=Lexicon.of([entry.card.examples for entry in found]),
+        typicality=float(view.typicality("hybrid", best)[0]),
+        k=k,
+    )

@@ -1,0 +1,112 @@
+"""Rows of numbers in a file: written once from beginning to end, then read where they are wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+_KEPT_BYTES = 256 << 20
+"""Pages of a mapped file that may stay in this process; the system's cache keeps the others."""
+
+_PAGE = 4096
+_SPOTS, _SPOT_BYTES = 64, 1 << 16
+
+
+class FileWriter:
+    """Appends bytes to a new file and knows how many they are and their sha256."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._digest = hashlib.sha256()
+        self._file = path.open("xb")
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Append."""
+        self._file.write(content)
+        self._digest.update(content)
+        self.size += len(content)
+
+    def close(self) -> str:
+        """Make the file durable; returns its sha256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+
+class MappedFile:
+    """A file that is read in places: mapped, with a bound on the pages that stay mapped.
+
+    An unlinked file stays readable until it is closed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.size = path.stat().st_size
+        self._touched = 0
+        self._lock = threading.Lock()
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_RANDOM)
+
+    @property
+    def content(self) -> memoryview:
+        """All bytes; what is read of them must be told by `touched`."""
+        return memoryview(b"" if self._map is None else self._map)
+
+    def touched(self, places: int, length: int) -> None:
+        """Count reads, so many of this length, and let pages go when they are too many."""
+        with self._lock:
+            self._touched += places * (-(-length // _PAGE) + 1) * _PAGE
+            if self._touched > _KEPT_BYTES and self._map is not None:
+                self._map.madvise(mmap.MADV_DONTNEED)  # of a file: they are read again from the system's cache
+                self._touched = 0
+
+
+class Rows:
+    """Rows of `width` float32 numbers in a file."""
+
+    def __init__(self, path: Path, width: int) -> None:
+        self._file = MappedFile(path)
+        self._rows = np.frombuffer(self._file.content, dtype="<f4").reshape(-1, width)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """These rows, (len(rows), width)."""
+        found: NDArray[np.float32] = np.take(self._rows, rows, axis=0)
+        self._file.touched(len(rows), 4 * self._rows.shape[1])
+        return found
+
+    def blocks(self, size: int = 8192) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """All rows in their order, by blocks: the first row of each, and the block."""
+        for start in range(0, len(self), size):
+            block = np.array(self._rows[start : start + size])
+            self._file.touched(1, block.nbytes)
+            yield start, block
+
+
+def spot_digest(path: Path) -> str:
+    """The sha256 of evenly spaced parts of a file, of all of a small one: quick, and it notices a mangled copy."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for spot in range(_SPOTS):
+            file.seek(max(size - _SPOT_BYTES, 0) * spot // (_SPOTS - 1))
+            digest.update(file.read(_SPOT_BYTES))
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,166 @@
+"""Which way an index is searched: a snapshot that holds all of it in memory, or a large pool behind a version.
+
+Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loracompose.retrieval.catalog import Catalog
+from loracompose.retrieval.embedding import Embedder, check_encoder, features
+from loracompose.retrieval.filtering import Exclude, Where, excluded_rows
+from loracompose.retrieval.placement import VECTORS_FILE
+from loracompose.retrieval.scoring import Scoring
+
+if TYPE_CHECKING:
+    from loracompose.retrieval.explanation import Explanation
+    from loracompose.retrieval.result import Retrieval
+    from loracompose.retrieval.scale.pool import LargePool
+    from loracompose.retrieval.scale.searching import CardShelf
+    from loracompose.retrieval.scale.view import View
+
+
+def is_large(catalog: Catalog) -> bool:
+    """Whether there are more adapters than are compared exactly."""
+    return len(catalog) > catalog.settings.exact_limit
+
+
+def derive(catalog: Catalog, home: Path) -> None:
+    """Derive from the catalog what searches read, where that is missing, stale or damaged."""
+    if is_large(catalog):
+        from loracompose.retrieval.scale.pool import LargePool
+
+        pool = LargePool(catalog.path, home)
+        try:
+            pool.current()
+        finally:
+            pool.close()
+    else:
+        from loracompose.retrieval.snapshot import take_snapshot
+
+        take_snapshot(catalog, home / VECTORS_FILE)
+
+
+def broken_files(catalog: Catalog, home: Path) -> list[str]:
+    """What is wrong with the files that searches of a large pool read; every byte is hashed."""
+    if not catalog.database.rows("SELECT 1 FROM sqlite_master WHERE name = 'version'"):
+        return []
+    from loracompose.retrieval.scale import ledger, version
+
+    _, record = ledger.generation_and_record(catalog.database)
+    if record is None or record.epoch != catalog.settings.epoch:  # the next search makes one
+        return []
+    return version.damage(home, record, thorough=True)
+
+
+class SizedPool:
+    """Searches of the pool of one index while it is large; `view` is None while it is not."""
+
+    def __init__(self, catalog: Catalog, home: Path) -> None:
+        self._catalog, self._home = catalog, home
+        self._pool: LargePool | None = None
+        self._small = -1  # the generation that was found to be small
+        self._opening = threading.Lock()
+        self._cards: CardShelf | None = None
+
+    def close(self) -> None:
+        """Stop what runs behind the searches; closing twice is fine."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def wait(self) -> None:
+        """Until nothing runs behind the searches."""
+        if self._pool is not None:
+            self._pool.wait()
+
+    def view(self, embedder: Embedder | None = None) -> View | None:
+        """The present view of a large pool, None of a small one.
+
+        Raises:
+            ValueError: the index was embedded with another encoder than the one given.
+        """
+        if self._pool is None:
+            with self._opening:
+                if self._pool is None and not self._opened():
+                    return None
+        if self._pool is None:
+            raise ValueError("the pool was closed")
+        view = self._pool.current()
+        if embedder is not None:
+            check_encoder(view.settings, embedder)
+        return view if len(view) > view.settings.exact_limit else None
+
+    def search(
+        self,
+        embedder: Embedder,
+        prompts: Sequence[str],
+        k: int,
+        exclude: Exclude | None,
+        where: Where | None,
+        scoring: Scoring,
+    ) -> Retrieval | None:
+        """As `AdapterIndex.search`, None where the pool is small."""
+        view = self.view(embedder)
+        if view is None:
+            return None
+        from loracompose.retrieval.scale.searching import MovedError, Request, search_view
+
+        given = features(embedder, prompts, view.settings)
+        while view is not None:
+            request = Request(k, scoring, where, excluded_rows(exclude, len(prompts), _Ids(self._catalog)))
+            try:
+                return search_view(view, self._shelf(), prompts, given, request)
+            except MovedError:
+                view = self.view(embedder)
+        return None
+
+    def explain(self, embedder: Embedder, prompt: str, k: int) -> Explanation | None:
+        """As `AdapterIndex.explain`, None where the pool is small."""
+        view = self.view(embedder)
+        if view is None:
+            return None
+        from loracompose.retrieval.scale.explaining import explain_view
+
+        return explain_view(view, self._catalog, features(embedder, [prompt], view.settings), prompt, k)
+
+    def _shelf(self) -> CardShelf:
+        from loracompose.retrieval.scale.searching import CardShelf
+
+        if self._cards is None:
+            self._cards = CardShelf(self._catalog)
+        return self._cards
+
+    def _opened(self) -> bool:
+        generation = self._catalog.generation
+        if generation == self._small:
+            return False
+        if not is_large(self._catalog):
+            self._small = generation
+            return False
+        from loracompose.retrieval.scale.pool import LargePool
+
+        self._pool = LargePool(self._catalog.path, self._home)
+        return True
+
+
+class _Ids(Mapping[str, int]):
+    """Row ids by name, read where they are asked for."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def __getitem__(self, name: str) -> int:
+        found = self._catalog.database.rows("SELECT id FROM adapters WHERE name = ?", name)
+        if not found:
+            raise KeyError(name)
+        return int(found[0][0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._catalog.names())
+
+    def __len__(self) -> int:
+        return len(self._catalog)

@@ -1,0 +1,143 @@
+"""The lexicon's evidence for few adapters of a large pool: their n-grams from a file, frequencies from a bounded table.
+
+An adapter's n-grams are kept as the lower 32 bits of their keys, ascending, with the number of its examples that have
+each. How frequent an n-gram is in the pool is counted over the adapters of a sample when a version is made, and frozen
+with it; one that the table lacks counts as frequent as in a single example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loracompose.retrieval.lexicon import EXPONENT, PSEUDO_COUNT, ngram_keys
+from loracompose.retrieval.scale.rows import MappedFile
+
+Short = NDArray[np.uint32]
+Floats = NDArray[np.float64]
+
+TABLE_SIZE = 1 << 20
+_MANY = 255
+_BITS = 1 << 16
+
+
+class Wordings(NamedTuple):
+    """The n-grams of adapters, one after the other.
+
+    `keys` short keys, ascending within an adapter; `counts` how many of its examples have each; `lengths` (C,) how many
+    n-grams each adapter has.
+    """
+
+    keys: Short
+    counts: NDArray[np.uint8]
+    lengths: NDArray[np.int64]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Wordings]) -> Wordings:
+        """Of all parts, one after the other."""
+        if not parts:
+            return cls(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.int64))
+        keys, counts, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return cls(keys, counts, lengths)
+
+    def chosen(self, rows: Sequence[int]) -> Wordings:
+        """Of these adapters."""
+        ends = np.cumsum(self.lengths)
+        cuts = [slice(int(ends[row] - self.lengths[row]), int(ends[row])) for row in rows]
+        parts = [
+            Wordings(self.keys[cut], self.counts[cut], self.lengths[[row]]) for row, cut in zip(rows, cuts, strict=True)
+        ]
+        return Wordings.joined(parts)
+
+
+def read_wording(examples: Iterable[str]) -> Wordings:
+    """The n-grams of one adapter, given by its example prompts."""
+    keys, counts = np.unique(np.concatenate([short_keys(text) for text in examples]), return_counts=True)
+    return Wordings(keys, np.minimum(counts, _MANY).astype(np.uint8), np.array([len(keys)], dtype=np.int64))
+
+
+def short_keys(text: str) -> Short:
+    """The lower 32 bits of the keys of a text's distinct n-grams, ascending."""
+    return np.unique(ngram_keys(text).astype(np.uint32))
+
+
+class WordingFile:
+    """The n-grams of the adapters of a version, in its order; `starts` (N + 1,) of each adapter."""
+
+    def __init__(self, keys: MappedFile, counts: MappedFile, starts: NDArray[np.int64]) -> None:
+        self._files = keys, counts
+        self._keys = np.frombuffer(keys.content, dtype="<u4")
+        self._counts = np.frombuffer(counts.content, dtype=np.uint8)
+        self._starts = starts
+
+    def take(self, rows: NDArray[np.int64]) -> Wordings:
+        """Those of the adapters in these rows."""
+        begins, ends = self._starts[rows], self._starts[rows + 1]
+        cuts = [slice(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+        if not cuts:
+            return Wordings.joined([])
+        keys = np.concatenate([self._keys[cut] for cut in cuts])
+        counts = np.concatenate([self._counts[cut] for cut in cuts])
+        for file, each in zip(self._files, (4, 1), strict=True):
+            file.touched(len(cuts), each * len(keys) // len(cuts))
+        return Wordings(keys, counts, ends - begins)
+
+
+@dataclass(frozen=True, eq=False)
+class Frequencies:
+    """How many of `examples` prompts have each n-gram; `keys` ascending, at most `TABLE_SIZE`."""
+
+    keys: Short
+    counts: NDArray[np.float32]
+    examples: int
+
+    @classmethod
+    def of(cls, wordings: Wordings, examples: int) -> Frequencies:
+        """Counted over adapters of so many examples; if there are too many n-grams, the rarest are left out."""
+        keys, place = np.unique(wordings.keys, return_inverse=True)
+        counts = np.bincount(place, wordings.counts, minlength=len(keys))
+        kept = np.sort(np.argsort(-counts, kind="stable")[:TABLE_SIZE])
+        return cls(keys[kept], counts[kept].astype(np.float32), max(examples, 1))
+
+    def shares(self, keys: Short) -> tuple[Floats, NDArray[np.bool_]]:
+        """Share of the prompts with each n-gram, at least one of them; and whether the table has it."""
+        if not len(self.keys):
+            return np.full(len(keys), 1.0 / self.examples), np.zeros(len(keys), dtype=np.bool_)
+        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        known = self.keys[place] == keys
+        return np.where(known, self.counts[place], 1.0) / self.examples, known
+
+    def evidence(self, keys: Short, wordings: Wordings, sizes: NDArray[np.int64]) -> Floats:
+        """`Lexicon.scores` of a prompt for some adapters, (C,).
+
+        Args:
+            keys: short keys of the prompt's n-grams.
+            wordings: of the adapters.
+            sizes: number of examples of each adapter, (C,).
+        """
+        shares, known = self.shares(keys)
+        adapters, counts, place = _found(keys, wordings)
+        known[place] = True
+        absent = known.sum() * np.log(PSEUDO_COUNT / (sizes + PSEUDO_COUNT))
+        gains = np.log1p(counts / (PSEUDO_COUNT * shares[place]))
+        total = absent + np.bincount(adapters, gains, minlength=len(sizes))
+        return np.asarray(total / float(max(len(keys), 1) ** EXPONENT))
+
+
+def _found(keys: Short, wordings: Wordings) -> tuple[NDArray[np.int64], Floats, NDArray[np.int64]]:
+    """Where the adapters have n-grams of a prompt: adapter, count, and place among the keys."""
+    if not len(keys) or not len(wordings.keys):
+        nothing = np.zeros(0, dtype=np.int64)
+        return nothing, np.zeros(0), nothing
+    marked = np.zeros(_BITS, dtype=np.bool_)  # of the many most are told apart by their lower bits
+    marked[keys & (_BITS - 1)] = True
+    likely = np.flatnonzero(marked[wordings.keys & (_BITS - 1)])
+    place = np.minimum(np.searchsorted(keys, wordings.keys[likely]), len(keys) - 1)
+    same = keys[place] == wordings.keys[likely]
+    hits, place = likely[same], place[same]
+    adapters = np.searchsorted(np.cumsum(wordings.lengths), hits, side="right")
+    return adapters, wordings.counts[hits].astype(np.float64), place

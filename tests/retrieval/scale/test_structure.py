@@ -1,0 +1,66 @@
+"""The faiss structure: chosen by size and by measured recall."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from loracompose.retrieval.scale import structure
+from loracompose.retrieval.scale.structure import Breadth, build_structure, found_share, read_structure, write_structure
+
+
+def cloud(count, seed=0, width=16):
+    draw = np.random.default_rng(seed)
+    centres = draw.standard_normal((20, width)) * 3
+    return (centres[draw.integers(0, 20, count)] + draw.standard_normal((count, width))).astype(np.float32)
+
+
+def nearest(vectors, queries):
+    gaps = ((queries[:, None] - vectors) ** 2).sum(axis=2)
+    return list(np.argsort(gaps, axis=1)[:, :10])
+
+
+def built(vectors, queries):
+    return build_structure(lambda: iter([vectors]), len(vectors), vectors, queries, nearest(vectors, queries))
+
+
+def test_few_vectors_are_compared_one_by_one():
+    vectors, queries = cloud(200), cloud(20, 1)
+    chosen = built(vectors, queries)
+    assert chosen.spec == "Flat"
+    rows, distances = chosen.near(queries)
+    assert found_share(list(rows), nearest(vectors, queries)) == 1.0
+    assert (np.diff(distances, axis=1) >= 0).all()
+
+
+def test_many_vectors_get_a_structure_that_reaches_the_recall_with_less_than_all(monkeypatch):
+    monkeypatch.setattr(structure, "_FLAT", 500)
+    vectors, queries = cloud(2000), cloud(64, 1)
+    chosen = built(vectors, queries)
+    assert chosen.spec != "Flat"
+    assert chosen.breadth.candidates < 2000
+    assert found_share(list(chosen.near(queries)[0]), nearest(vectors, queries)) >= structure.TARGET
+
+
+def test_where_one_structure_misses_the_recall_the_next_is_tried(monkeypatch):
+    monkeypatch.setattr(structure, "_specs", lambda count, width: ["IVF64,PQ2x4fs", "Flat"])
+    vectors, queries = cloud(9000), cloud(32, 1)
+    assert built(vectors, queries).spec == "Flat"
+
+
+def test_looking_wider_finds_all(monkeypatch):
+    monkeypatch.setattr(structure, "_FLAT", 10)
+    vectors, queries = cloud(300), cloud(3, 1)
+    chosen = built(vectors, queries)
+    rows, _ = chosen.near(queries, Breadth(1 << 12, 300, 4))
+    assert [sorted(row) for row in rows.tolist()] == [list(range(300))] * 3
+
+
+@pytest.mark.parametrize("spec", ["Flat", "HNSW32,SQ8", "IVF16,SQ8", "IVF16,PQ8x4fs,Refine(SQ8)"])
+def test_every_structure_comes_back_from_its_file(tmp_path, monkeypatch, spec):
+    monkeypatch.setattr(structure, "_specs", lambda count, width: [spec])
+    vectors, queries = cloud(600), cloud(8, 1)
+    chosen = built(vectors, queries)
+    write_structure(chosen, tmp_path / "vectors")
+    back = read_structure(chosen.spec, tmp_path / "vectors", chosen.breadth)
+    np.testing.assert_array_equal(back.near(queries)[0], chosen.near(queries)[0])

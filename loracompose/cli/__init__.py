@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loracompose import __version__
-from loracompose.cli import composing, doctor, indexing, training
+from loracompose.cli import composing, doctor, evaluating, indexing, training
 from loracompose.cli.errors import Commands
 from loracompose.cli.generating import generate
 
@@ -37,6 +37,7 @@ def main(
 
 app.add_typer(indexing.app, name="index")
 app.add_typer(training.app, name="train")
+app.add_typer(evaluating.app, name="eval")
 app.command()(generate)
 app.command()(composing.compose)
 app.command()(doctor.doctor)

@@ -32,7 +32,7 @@ class Job:
     task: str
 
 
-class RowBudget(StoppingCriteria):
+class RowBudget(StoppingCriteria):  # type: ignore[misc]
     """Ends each row of a batch after a number of new tokens of its own, so rows of different tasks may share it."""
 
     def __init__(self, budgets: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Answers that were generated once are kept: a run that was interrupted continues, and a new method costs only itself."""
+"""Answers are generated once and kept: an interrupted run continues, and a new method costs only itself."""
 
 from __future__ import annotations
 

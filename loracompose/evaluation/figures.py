@@ -15,6 +15,7 @@ from loracompose.evaluation.summary import Summary
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 REFERENCES = ("base", "oracle")
+LEAST_MS = 0.1  # a logarithmic axis has no 0
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -98,13 +99,13 @@ def quality_and_cost(summary: Summary) -> str:
     with _figure(8.5, 5.0) as (plt, save):
         axes = plt.gca()
         most = max(1, *(line.added_bytes for line in summary.lines))
-        placed: list[tuple[float, float]] = []
         for line in sorted(summary.lines, key=lambda line: line.score.value):
             colour = GREY if line.label in REFERENCES else BLUE
             area = 25 + 275 * line.added_bytes / most
-            axes.scatter(max(line.ms, 0.1), line.score.value, s=area, color=colour, alpha=0.7, edgecolors="white")
-            placed.append((line.ms, line.score.value))
+            axes.scatter(max(line.ms, LEAST_MS), line.score.value, s=area, color=colour, alpha=0.7, edgecolors="white")
         axes.set_xscale("log")
+        for axis_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            axis_format(plt.matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         axes.margins(x=0.18, y=0.1)
         _name_points(plt, axes, summary)
         axes.set_xlabel(f"milliseconds a prompt (area: bytes added, the largest {most / 1e6:.1f} MB)")
@@ -115,23 +116,23 @@ def quality_and_cost(summary: Summary) -> str:
 
 
 def _name_points(plt: Any, axes: Any, summary: Summary) -> None:
-    """Names beside their points, moved up where they would lie on one another."""
-    plt.gcf().canvas.draw()
+    """Names beside their points, moved up, on a line, where they would lie on one another."""
+    plt.gcf().canvas.draw()  # only now are places on the page known
     taken: list[Any] = []
     for line in sorted(summary.lines, key=lambda line: line.score.value):
-        point = (max(line.ms, 0.1), line.score.value)
-        for lift in range(0, 120, 3):
-            text = axes.annotate(line.label, point, (9, lift - 3), textcoords="offset points", fontsize=9)
-            box = text.get_window_extent()
+        for lift in range(0, 150, 4):
+            leader = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6} if lift > 8 else None
+            text = axes.annotate(
+                line.label,
+                (max(line.ms, LEAST_MS), line.score.value),
+                (9, lift - 3),
+                textcoords="offset points",
+                fontsize=9,
+                arrowprops=leader,
+            )
+            box = plt.matplotlib.text.Text.get_window_extent(text)  # of the words, without the line
             if not any(box.overlaps(other) for other in taken):
                 taken.append(box)
-                if lift > 9:
-                    text.arrow_patch = None
-                    text.remove()
-                    arrow = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6}
-                    axes.annotate(
-                        line.label, point, (9, lift - 3), textcoords="offset points", fontsize=9, arrowprops=arrow
-                    )
                 break
             text.remove()
 

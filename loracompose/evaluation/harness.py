@@ -163,9 +163,7 @@ def _score(made: Round, methods: Sequence[Method], cache: AnswerCache) -> Protoc
     )
 
 
-def _method(
-    method: Method, jobs: Sequence[Job | None], rows: Sequence[TaskRow], cache: AnswerCache
-) -> MethodResult:
+def _method(method: Method, jobs: Sequence[Job | None], rows: Sequence[TaskRow], cache: AnswerCache) -> MethodResult:
     answers = [None if job is None else _kept(cache, job) for job in jobs]
     scores = tuple(
         None if answer is None else round(METRICS[row.metric](answer.text, row.response), 2)

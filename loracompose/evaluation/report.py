@@ -20,7 +20,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px;
 h1, h2 {{ line-height: 1.2 }} h2 {{ margin-top: 2.5rem; border-bottom: 1px solid #ccc }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e5e5e5 }}
-th:first-child, td:first-child {{ text-align: left }} td small {{ color: #555 }}
+th:first-child, td:first-child, td.text {{ text-align: left }} td small {{ color: #555 }}
 figure {{ margin: 1.5rem 0; overflow-x: auto }} figcaption {{ color: #444 }} img {{ max-width: none }}
 code {{ background: #f3f3f3; padding: 0 .25em }} nav a {{ margin-right: 1em }}
 </style></head><body>
@@ -29,10 +29,11 @@ code {{ background: #f3f3f3; padding: 0 .25em }} nav a {{ margin-right: 1em }}
 </body></html>
 """
 
-READING = """<p>Each score is the mean over tasks of the mean over rows, from 0 to 100. Brackets hold 95&nbsp;% intervals of a
-bootstrap that draws rows anew within each task, the same rows for all methods. <i>% of oracle</i>: 0 is the base model,
-100 the row's own adapter. <i>hit</i> and <i>miss</i>: mean over the rows whose own adapter was, or was not, found first, so
-that errors of retrieval and of composition can be told apart. All methods of a protocol get the same retrieved sets.
+READING = """<p>Each score is the mean over tasks of the mean over rows, from 0 to 100. Brackets hold 95&nbsp;% intervals
+of a bootstrap that draws rows anew within each task, the same rows for all methods. <i>% of oracle</i>: 0 is the base
+model, 100 the row's own adapter. <i>hit</i> and <i>miss</i>: mean over the rows whose own adapter was, or was not, found
+first, so that errors of retrieval and of composition can be told apart. <i>beats</i> and <i>loses to</i>: the number of
+methods that differ by more than the paired interval. All methods of a protocol get the same retrieved sets.
 <i>MB added</i>: the ranks that ran for a prompt beside the base model, and what the composer has learned.</p>"""
 
 
@@ -76,8 +77,8 @@ def _protocol(found: ProtocolResult, summary: Summary) -> str:
     return "\n".join(
         [
             f'<h2 id="{escape(found.name)}">{escape(found.name)}</h2>',
-            f"<p>{about}{len(found.rows)} rows of {len(summary.scores.tasks)} tasks; the own adapter was found first for "
-            f"{summary.found_first:.1f}&nbsp;%; {found.retrieval_ms:.0f} ms of retrieval a prompt.</p>",
+            f"<p>{about}{len(found.rows)} rows of {len(summary.scores.tasks)} tasks; the own adapter was found first "
+            f"for {summary.found_first:.1f}&nbsp;%; {found.retrieval_ms:.0f} ms of retrieval a prompt.</p>",
             _table(summary),
             *(_drawing(f"{found.name}: {caption}", svg) for caption, svg in drawings),
         ]
@@ -112,7 +113,7 @@ def _table(summary: Summary) -> str:
 def _methods(results: Results) -> str:
     composers = {method.label: method.composer for found in results.protocols for method in found.methods}
     rows = [
-        f"<td><code>{escape(label)}</code></td><td style='text-align:left'><code>{escape(composer or 'none')}</code></td>"
+        f"<td><code>{escape(label)}</code></td><td class='text'><code>{escape(composer or 'none')}</code></td>"
         for label, composer in composers.items()
     ]
     return "<h2>Methods</h2>" + _grid(("label", "composer"), rows)
@@ -128,9 +129,8 @@ def _drawing(caption: str, svg: str) -> str:
     # an image of its own, so that the identifiers inside two drawings cannot meet
     data = base64.b64encode(svg.encode()).decode()
     alt = escape(caption, quote=True)
-    return (
-        f'<figure><img alt="{alt}" src="data:image/svg+xml;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
-    )
+    image = f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _interval(estimate: Estimate) -> str:

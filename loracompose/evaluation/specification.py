@@ -74,7 +74,7 @@ def build_composer(name: str, settings: Mapping[str, Any], router: str | Path | 
     plain = get_composer(name, learned)
     if not settings:
         return plain
-    known = [f.name for f in fields(plain) if f.name != "router"] if is_dataclass(plain) else []
+    known: list[str] = [f.name for f in fields(plain) if f.name != "router"] if is_dataclass(plain) else []
     _check_keys(settings, known, name)
     given = {**settings, "router": learned} if learned is not None else settings
     made: Composer = type(plain)(**given)

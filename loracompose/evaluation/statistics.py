@@ -128,8 +128,9 @@ class Scores:
         """The mean over tasks of the rows as they are, then of each resample, (1 + samples,)."""
         rows = defined[self.owner]
         each = 1.0 / np.bincount(self.owner, minlength=len(self.tasks))[self.owner[rows]]
-        plain = each @ column[rows]
-        return np.concatenate([[plain], self.resampled[:, rows] @ column[rows]]) / defined.sum()
+        plain = [each @ column[rows]]
+        means: Matrix = np.concatenate([plain, self.resampled[:, rows] @ column[rows]]) / defined.sum()
+        return means
 
     def _mean(self, column: Matrix, defined: NDArray[np.bool_]) -> Estimate:
         return _estimate(self._means(column, defined)) if defined.any() else Estimate(np.nan, np.nan, np.nan)

@@ -111,8 +111,8 @@ def markdown(results: Results, summaries: Sequence[Summary]) -> str:
         cost = by_label[0][label]
         lines.append(f"| {' | '.join([*cells, f'{cost.ms:.0f}', f'{cost.added_bytes / 1e6:.2f}'])} |")
     title = (
-        f"Mean over {tasks} tasks, {rows} a task, greedy, {settings['base']} in {settings['dtype']}; in brackets the 95 % "
-        "interval of a paired bootstrap over rows. % of oracle: 0 is the base model, 100 the row's own adapter."
+        f"Mean over {tasks} tasks, {rows} a task, greedy, {settings['base']} in {settings['dtype']}; in brackets the "
+        "95 % interval of a paired bootstrap over rows. % of oracle: 0 is the base model, 100 the row's own adapter."
     )
     return "\n".join([title, "", *lines])
 

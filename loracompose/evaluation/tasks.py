@@ -149,7 +149,8 @@ def _row(line: str, place: str) -> TaskRow:
     if not found["prompt"].strip() or not found["task"].strip():
         raise ValueError(f"{place}: prompt and task must not be empty")
     check_metric(found["metric"], place)
-    return TaskRow(*(found[field] for field in FIELDS), template=template)
+    prompt, response, task, cluster, metric = (found[field] for field in FIELDS)
+    return TaskRow(prompt, response, task, cluster, metric, template)
 
 
 def _check_clusters(rows: Sequence[TaskRow]) -> None:

@@ -191,6 +191,7 @@ def read_plan(file: Path) -> dict[str, Any]:
 
 def _show(results: Results, summaries: list[Summary], as_json: bool) -> None:
     from loracompose.evaluation.summary import as_json as summary_json
+    from loracompose.evaluation.summary import interval
 
     if as_json:
         tables.show_json(summary_json(summaries))
@@ -200,7 +201,7 @@ def _show(results: Results, summaries: list[Summary], as_json: bool) -> None:
         rows = [
             (
                 escape(line.label),
-                f"{line.score.value:.1f} [{line.score.low:.1f}, {line.score.high:.1f}]".replace("[", "\\["),
+                escape(interval(line.score)),
                 "" if line.normalised is None else f"{line.normalised.value:.0f}",
                 f"{line.ms:.0f}",
                 f"{line.added_bytes / 1e6:.2f}",

@@ -143,10 +143,18 @@ class Answerer:
 
 
 def batches(jobs: Sequence[Job], size: int, mixed: bool) -> Iterator[list[Job]]:
-    """The jobs in batches: as they come, or rows alike in set and length together, which pads and composes least."""
-    ordered = list(jobs) if mixed else sorted(jobs, key=_likeness)
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    """The jobs in batches: as they come, or rows alike in budget, task, set and length together, which wastes least.
+
+    A row that has ended is computed until its whole batch has: budgets of one batch differ at most twofold.
+    """
+    batch: list[Job] = []
+    for job in jobs if mixed else sorted(jobs, key=_likeness):
+        if batch and (len(batch) == size or (not mixed and job.budget > 2 * batch[0].budget)):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
 
 
 def token_budgets(engine: Engine, rows: Sequence[TaskRow], limit: int) -> dict[str, int]:

@@ -85,7 +85,7 @@ class AnswerCache:
         rows = [(key, json.dumps(asdict(answer), ensure_ascii=False)) for key, answer in answers.items()]
         self._connection.execute("BEGIN IMMEDIATE")
         try:
-            self._connection.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", rows)
+            self._connection.executemany("INSERT INTO answers VALUES (?, ?) ON CONFLICT (key) DO NOTHING", rows)
         except BaseException:
             self._connection.execute("ROLLBACK")
             raise

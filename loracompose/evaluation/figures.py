@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,13 +36,14 @@ def leaderboard(summary: Summary) -> str:
             score = line.score
             axes.plot([score.low, score.high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt", alpha=0.55)
             axes.plot(score.value, y, "o", color=colour, markersize=6)
-            axes.annotate(f"{score.value:.1f}", (score.high, y), (6, 0), textcoords="offset points", va="center")
+            end = score.value if math.isnan(score.high) else score.high
+            axes.annotate(f"{score.value:.1f}", (end, y), (6, 0), textcoords="offset points", va="center")
             if line.label in REFERENCES:
                 axes.axvline(score.value, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
         axes.set_yticks(range(len(lines)), [line.label for line in lines])
         axes.set_xlabel("mean score over tasks, with 95 % interval")
-        axes.set_xlim(left=min(0.0, min(line.score.low for line in lines)))
-        axes.margins(x=0.08)
+        axes.margins(x=0.1)
+        axes.set_xlim(left=0.0)
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         return save()

@@ -10,8 +10,7 @@ from pathlib import Path
 from loracompose.evaluation import figures
 from loracompose.evaluation.protocols import PROTOCOLS
 from loracompose.evaluation.results import ProtocolResult, Results, write_whole
-from loracompose.evaluation.statistics import Estimate
-from loracompose.evaluation.summary import Summary, summarise
+from loracompose.evaluation.summary import Summary, interval, summarise
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -29,11 +28,11 @@ code {{ background: #f3f3f3; padding: 0 .25em }} nav a {{ margin-right: 1em }}
 </body></html>
 """
 
-READING = """<p>Each score is the mean over tasks of the mean over rows, from 0 to 100. Brackets hold 95&nbsp;% intervals
-of a bootstrap that draws rows anew within each task, the same rows for all methods. <i>% of oracle</i>: 0 is the base
-model, 100 the row's own adapter. <i>hit</i> and <i>miss</i>: mean over the rows whose own adapter was, or was not, found
-first, so that errors of retrieval and of composition can be told apart. <i>beats</i> and <i>loses to</i>: the number of
-methods that differ by more than the paired interval. All methods of a protocol get the same retrieved sets.
+READING = """<p>Each score is the mean over tasks of the mean over rows, from 0 to 100. Brackets hold 95&nbsp;%
+intervals of a bootstrap that draws rows anew within each task, the same rows for all methods. <i>% of oracle</i>: 0 is
+the base model, 100 the row's own adapter. <i>hit</i> and <i>miss</i>: mean over the rows whose own adapter was, or was
+not, found first, so that errors of retrieval and of composition can be told apart. <i>beats</i>, <i>loses to</i>: the
+number of methods that differ by more than the paired interval. All methods of a protocol get the same retrieved sets.
 <i>MB added</i>: the ranks that ran for a prompt beside the base model, and what the composer has learned.</p>"""
 
 
@@ -97,8 +96,8 @@ def _table(summary: Summary) -> str:
         ]
         cells = (
             f"<code>{escape(line.label)}</code>",
-            _interval(line.score),
-            "" if line.normalised is None else _interval(line.normalised),
+            interval(line.score),
+            "" if line.normalised is None else interval(line.normalised),
             "" if line.hit is None else f"{line.hit:.1f}",
             "" if line.miss is None else f"{line.miss:.1f}",
             f"{line.ms:.0f}",
@@ -131,7 +130,3 @@ def _drawing(caption: str, svg: str) -> str:
     alt = escape(caption, quote=True)
     image = f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.1f} <small>[{estimate.low:.1f}, {estimate.high:.1f}]</small>"

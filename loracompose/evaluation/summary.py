@@ -107,7 +107,7 @@ def markdown(results: Results, summaries: Sequence[Summary]) -> str:
     for label in order:
         cells = [f"`{label}`"]
         for table in by_label:
-            cells += [_interval(table[label].score), _share(table[label].normalised)]
+            cells += [interval(table[label].score), _share(table[label].normalised)]
         cost = by_label[0][label]
         lines.append(f"| {' | '.join([*cells, f'{cost.ms:.0f}', f'{cost.added_bytes / 1e6:.2f}'])} |")
     title = (
@@ -134,8 +134,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+def interval(estimate: Estimate) -> str:
+    """A number with its interval, if it has one."""
+    ends = "" if math.isnan(estimate.low) else f" [{estimate.low:.1f}, {estimate.high:.1f}]"
+    return f"{estimate.value:.1f}{ends}"
 
 
 def _share(estimate: Estimate | None) -> str:

@@ -103,6 +103,7 @@ def run(
     ] = None,
     base: options.Base = DEFAULT_BASE,
     batch_size: Annotated[int, typer.Option(help="Prompts that run together.")] = 32,
+    timed_rows: Annotated[int, typer.Option(help="Rows each method is timed on, anew; 0 leaves times out.")] = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -131,6 +132,7 @@ def run(
         unseen_template=said.get("unseen_template", 5),
         max_new_tokens=said.get("max_new_tokens", 128),
         batch_size=batch_size,
+        timed_rows=timed_rows,
     )
     shots = read_tasks(tasks, "train") if tasks.is_dir() and list(tasks.glob("*.train.jsonl")) else ()
     kept = cache or output.with_suffix(".answers.sqlite")
@@ -191,7 +193,7 @@ def read_plan(file: Path) -> dict[str, Any]:
 
 def _show(results: Results, summaries: list[Summary], as_json: bool) -> None:
     from loracompose.evaluation.summary import as_json as summary_json
-    from loracompose.evaluation.summary import interval
+    from loracompose.evaluation.summary import interval, milliseconds
 
     if as_json:
         tables.show_json(summary_json(summaries))
@@ -203,7 +205,7 @@ def _show(results: Results, summaries: list[Summary], as_json: bool) -> None:
                 escape(line.label),
                 escape(interval(line.score)),
                 "" if line.normalised is None else f"{line.normalised.value:.0f}",
-                f"{line.ms:.0f}",
+                milliseconds(line.ms),
                 f"{line.added_bytes / 1e6:.2f}",
             )
             for line in summary.lines

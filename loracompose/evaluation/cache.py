@@ -27,13 +27,11 @@ class Answer:
 
     Attributes:
         text: the answer.
-        seconds: its share of loading, composing and generating its batch.
         added_bytes: of the ranks that its composition ran, at the base model's precision.
         composer: repr of the composer, "" for the base model alone.
     """
 
     text: str
-    seconds: float
     added_bytes: int
     composer: str
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from loracompose.evaluation.results import ProtocolResult
-from loracompose.evaluation.summary import Summary
+from loracompose.evaluation.summary import Line, Summary
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
@@ -97,19 +97,22 @@ def confusion(found: ProtocolResult) -> str:
 
 
 def quality_and_cost(summary: Summary) -> str:
-    """Score against milliseconds a prompt; the area of a point is what is added to the base, in bytes."""
+    """Score against milliseconds a prompt of the methods that were timed; the area of a point is what they add."""
+    timed = sorted((x for x in summary.lines if x.ms is not None), key=lambda line: line.score.value)
     with _figure(8.5, 5.0) as (plt, save):
         axes = plt.gca()
-        most = max(1, *(line.added_bytes for line in summary.lines))
-        for line in sorted(summary.lines, key=lambda line: line.score.value):
+        most = max(1, *(line.added_bytes for line in timed))
+        for line in timed:
             colour = GREY if line.label in REFERENCES else BLUE
             area = 25 + 275 * line.added_bytes / most
-            axes.scatter(max(line.ms, LEAST_MS), line.score.value, s=area, color=colour, alpha=0.7, edgecolors="white")
+            axes.scatter(
+                max(line.ms or 0.0, LEAST_MS), line.score.value, s=area, color=colour, alpha=0.7, edgecolors="white"
+            )
         axes.set_xscale("log")
         for axis_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             axis_format(plt.matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         axes.margins(x=0.18, y=0.1)
-        _name_points(plt, axes, summary)
+        _name_points(plt, axes, timed)
         axes.set_xlabel(f"milliseconds a prompt (area: bytes added, the largest {most / 1e6:.1f} MB)")
         axes.set_ylabel("mean score over tasks")
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -117,16 +120,16 @@ def quality_and_cost(summary: Summary) -> str:
         return save()
 
 
-def _name_points(plt: Any, axes: Any, summary: Summary) -> None:
+def _name_points(plt: Any, axes: Any, lines: Sequence[Line]) -> None:
     """Names beside their points, moved up, on a line, where they would lie on one another."""
     plt.gcf().canvas.draw()  # only now are places on the page known
     taken: list[Any] = []
-    for line in sorted(summary.lines, key=lambda line: line.score.value):
+    for line in lines:
         for lift in range(0, 150, 4):
             leader = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6} if lift > 8 else None
             text = axes.annotate(
                 line.label,
-                (max(line.ms, LEAST_MS), line.score.value),
+                (max(line.ms or 0.0, LEAST_MS), line.score.value),
                 (9, lift - 3),
                 textcoords="offset points",
                 fontsize=9,

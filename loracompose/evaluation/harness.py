@@ -39,6 +39,7 @@ class Plan:
         unseen_template: the phrasing that no adapter saw.
         max_new_tokens: no answer is longer, however long its references.
         batch_size: questions that run together.
+        timed_rows: rows of the batch that each method is timed on; 0 leaves times out.
     """
 
     methods: tuple[Method, ...]
@@ -48,6 +49,7 @@ class Plan:
     unseen_template: int | None = 5
     max_new_tokens: int = 128
     batch_size: int = 32
+    timed_rows: int = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,7 @@ def evaluate(
     budgets = token_budgets(engine, rows, plan.max_new_tokens)
     rounds = [_prepare(engine.index, rows, protocol, plan, answerer, budgets, shots) for protocol in plan.protocols]
     _run(rounds, plan.methods, answerer, progress)
-    protocols = tuple(_score(made, plan.methods, cache) for made in rounds)
+    protocols = tuple(_score(made, plan, answerer) for made in rounds)
     return Results(_settings(engine, plan), _pool(engine.index), versions(), protocols)
 
 
@@ -150,7 +152,7 @@ def _answer(
     answerer.answer(answerer.missing(jobs), composer, mixed, done)
 
 
-def _score(made: Round, methods: Sequence[Method], cache: AnswerCache) -> ProtocolResult:
+def _score(made: Round, plan: Plan, answerer: Answerer) -> ProtocolResult:
     rows = made.situation.rows
     found = made.situation.found
     return ProtocolResult(
@@ -159,12 +161,14 @@ def _score(made: Round, methods: Sequence[Method], cache: AnswerCache) -> Protoc
         tuple(found.top()),
         tuple(found.place([row.task for row in rows])),
         round(1000 * found.seconds, 2),
-        tuple(_method(method, jobs, rows, cache) for method, jobs in zip(methods, made.jobs, strict=True)),
+        tuple(_method(m, jobs, rows, answerer, plan) for m, jobs in zip(plan.methods, made.jobs, strict=True)),
     )
 
 
-def _method(method: Method, jobs: Sequence[Job | None], rows: Sequence[TaskRow], cache: AnswerCache) -> MethodResult:
-    answers = [None if job is None else _kept(cache, job) for job in jobs]
+def _method(
+    method: Method, jobs: Sequence[Job | None], rows: Sequence[TaskRow], answerer: Answerer, plan: Plan
+) -> MethodResult:
+    answers = [None if job is None else _kept(answerer.cache, job) for job in jobs]
     scores = tuple(
         None if answer is None else round(METRICS[row.metric](answer.text, row.response), 2)
         for row, answer in zip(rows, answers, strict=True)
@@ -172,9 +176,10 @@ def _method(method: Method, jobs: Sequence[Job | None], rows: Sequence[TaskRow],
     given = [answer for answer in answers if answer is not None]
     count = max(1, len(given))
     composer = next((answer.composer for answer in given if answer.composer), "")
-    ms = 1000 * sum(answer.seconds for answer in given) / count
+    seconds = answerer.seconds(jobs, method.composer, plan.timed_rows)
+    ms = None if seconds is None else round(1000 * seconds, 1)
     added = sum(answer.added_bytes for answer in given) / count + _learned_bytes(method.composer)
-    return MethodResult(method.label, composer, scores, round(ms, 1), round(added))
+    return MethodResult(method.label, composer, scores, ms, round(added))
 
 
 def _kept(cache: AnswerCache, job: Job) -> Answer:
@@ -199,6 +204,7 @@ def _settings(engine: Engine, plan: Plan) -> dict[str, Any]:
         "unseen_template": plan.unseen_template,
         "max_new_tokens": plan.max_new_tokens,
         "batch_size": plan.batch_size,
+        "timed_rows": plan.timed_rows,
     }
 
 

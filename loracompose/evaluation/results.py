@@ -31,14 +31,14 @@ class MethodResult:
         label: its name.
         composer: repr of the composer; "" for the base model alone.
         scores: in [0, 100], one a row; None where the method is not defined.
-        ms: mean milliseconds a prompt, composing included, retrieval not.
+        ms: milliseconds a prompt at a fixed length, composing included, retrieval not; None if it was not timed.
         added_bytes: mean bytes a prompt of the ranks that ran beside the base model, and of what the composer learned.
     """
 
     label: str
     composer: str
     scores: tuple[float | None, ...]
-    ms: float
+    ms: float | None
     added_bytes: int
 
 

@@ -23,7 +23,7 @@ class Line:
         normalised: 0 is the base, 100 the row's own adapter; None if these do not differ.
         hit: score on the rows whose own adapter was found first; None if there are none.
         miss: score on the others. Both are means over rows.
-        ms: milliseconds a prompt.
+        ms: milliseconds a prompt; None if it was not timed.
         added_bytes: a prompt.
     """
 
@@ -32,7 +32,7 @@ class Line:
     normalised: Estimate | None
     hit: float | None
     miss: float | None
-    ms: float
+    ms: float | None
     added_bytes: int
 
 
@@ -109,7 +109,7 @@ def markdown(results: Results, summaries: Sequence[Summary]) -> str:
         for table in by_label:
             cells += [interval(table[label].score), _share(table[label].normalised)]
         cost = by_label[0][label]
-        lines.append(f"| {' | '.join([*cells, f'{cost.ms:.0f}', f'{cost.added_bytes / 1e6:.2f}'])} |")
+        lines.append(f"| {' | '.join([*cells, milliseconds(cost.ms), f'{cost.added_bytes / 1e6:.2f}'])} |")
     title = (
         f"Mean over {tasks} tasks, {rows} a task, greedy, {settings['base']} in {settings['dtype']}; in brackets the "
         "95 % interval of a paired bootstrap over rows. % of oracle: 0 is the base model, 100 the row's own adapter."
@@ -138,6 +138,11 @@ def interval(estimate: Estimate) -> str:
     """A number with its interval, if it has one."""
     ends = "" if math.isnan(estimate.low) else f" [{estimate.low:.1f}, {estimate.high:.1f}]"
     return f"{estimate.value:.1f}{ends}"
+
+
+def milliseconds(ms: float | None) -> str:
+    """A time without decimals, or nothing."""
+    return "" if ms is None else f"{ms:.0f}"
 
 
 def _share(estimate: Estimate | None) -> str:

@@ -12,7 +12,7 @@ from loracompose.models import wrap_base
 from tests.engines import CHATML, tokenizer
 from tests.tiny import base_model
 
-ANSWER = Answer("ja", 0.5, 12, "Mixture()")
+ANSWER = Answer("ja", 12, "Mixture()")
 
 
 def key(**changed):
@@ -65,7 +65,7 @@ def test_a_torn_write_is_rolled_back_when_the_file_is_opened_again(tmp_path):
 def test_the_first_answer_to_a_question_stays(tmp_path):
     with AnswerCache(tmp_path / "kept.sqlite") as cache:
         cache.put({"a": ANSWER})
-        cache.put({"a": Answer("nein", 1.0, 0, ""), "b": ANSWER})
+        cache.put({"a": Answer("nein", 0, ""), "b": ANSWER})
         assert cache.get("a") == ANSWER
         assert len(cache) == 2
 

@@ -17,7 +17,7 @@ from loracompose.evaluation.specification import parse_methods
 from tests.evaluation.material import CLUSTERS, build_engine, solved_rows, task_rows
 
 METHODS = ("base", "oracle", "random", "uniform_all", "few_shot shots=1", "mixture", "lego weighting=uniform")
-QUICK = {"n": 2, "max_new_tokens": 6, "batch_size": 5}
+QUICK = {"n": 2, "max_new_tokens": 6, "batch_size": 5, "timed_rows": 0}
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,23 @@ def test_the_score_is_that_of_the_answer_against_the_reference(engine, tmp_path)
         (protocol,) = run(engine, folder, plan(["base"], ["in-domain"]), [replace(row, response=reference)]).protocols
         scores.append({method.label: method.scores for method in protocol.methods}["base"])
     assert scores == [(100.0,), (0.0,)]
+
+
+def test_methods_are_timed_on_answers_of_one_length_that_are_not_kept(engine, tmp_path, monkeypatch):
+    untimed = run(engine, tmp_path, plan(["mixture"], ["masked"])).protocols[0]
+    asked = []
+    generate = type(engine).generate
+
+    def noted(self, prompts, **kwargs):
+        asked.append((len(prompts), kwargs["min_new_tokens"], kwargs["max_new_tokens"], kwargs["composer"].name))
+        return generate(self, prompts, **kwargs)
+
+    monkeypatch.setattr(type(engine), "generate", noted)
+    timed = run(engine, tmp_path, plan(["mixture"], ["masked"], timed_rows=3)).protocols[0]
+    assert asked == [(3, 16, 16, "mixture")] * 6  # base, oracle and mixture, twice each
+    assert [method.scores for method in timed.methods] == [method.scores for method in untimed.methods]
+    assert all(method.ms is None for method in untimed.methods)
+    assert all(method.ms > 0 for method in timed.methods)
 
 
 def test_each_row_stops_at_its_own_budget():

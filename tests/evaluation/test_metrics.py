@@ -28,6 +28,7 @@ def test_token_f1_counts_words_as_often_as_both_have_them():
     # shared: red, car; precision 2/3, recall 2/4
     assert token_f1("the red car", "red red car now") == pytest.approx(100 * 2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     assert token_f1("red red", "red") == pytest.approx(100 * 2 * 0.5 / 1.5)
+    assert token_f1("red red car", "red red") == pytest.approx(100 * 2 * (2 / 3) / (2 / 3 + 1))
     assert token_f1("", ".") == 100.0
     assert token_f1("", "red") == 0.0
 

@@ -120,6 +120,15 @@ def test_the_report_is_one_file_with_every_method_protocol_and_figure(results, t
     assert "<script" not in page
 
 
+def test_what_was_not_timed_is_shown_without_times(results, tmp_path):
+    first = results.protocols[0]
+    untimed = replace(first, methods=tuple(replace(method, ms=None) for method in first.methods))
+    page = html(replace(results, protocols=(untimed,)))
+    assert page.count("<img ") == 4
+    partly = summarise(replace(first, methods=(first.methods[0], *untimed.methods[1:])))
+    assert figures.quality_and_cost(partly).startswith("<?xml")
+
+
 def test_what_comes_from_results_is_escaped(results):
     first = results.protocols[0]
     hostile = replace(first, name="<b>", methods=(replace(first.methods[0], composer="<script>"), *first.methods[1:]))

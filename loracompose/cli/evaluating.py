@@ -121,12 +121,13 @@ def run(
 
     quiet_loading()
     said = read_plan(plan) if plan else {}
-    rows = read_tasks(tasks, split, None if only is None else [name.strip() for name in only.split(",")])
+    rows = read_tasks(tasks, split)
     rows_per_task = said.get("rows", 5) if n is None else n
     lines = [*said.get("methods", () if method else METHODS), *(method or ())]
     chosen = Plan(
         methods=parse_methods(lines),
         protocols=tuple(get_protocol(name) for name in protocol or said.get("protocols", PROTOCOLS)),
+        tasks=None if only is None else tuple(name.strip() for name in only.split(",")),
         n=rows_per_task or None,
         seed=said.get("seed", 0) if seed is None else seed,
         unseen_template=said.get("unseen_template", 5),

@@ -16,6 +16,7 @@ from loracompose.evaluation.summary import Line, Summary
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 REFERENCES = ("base", "oracle")
+LONGEST_GAP = 9  # points between a point and a name without a line
 LEAST_MS = 0.1  # a logarithmic axis has no 0
 STYLE = {
     "font.size": 10,
@@ -55,25 +56,32 @@ def task_heat_map(summary: Summary) -> str:
     columns = [summary.scores.labels.index(label) for label in labels]
     values = summary.scores.by_task()[:, columns].T  # (M, T)
     with _figure(0.42 * values.shape[1] + 3.6, 0.34 * len(labels) + 2.1) as (plt, save):
-        _matrix(plt, values, labels, summary.scores.tasks, "score", "cividis", (0.0, 100.0), "{:.0f}")
+        _matrix(
+            plt, values, labels, summary.scores.tasks, "score", "cividis", (0.0, 100.0), lambda at: f"{values[at]:.0f}"
+        )
         return save()
 
 
 def wins(summary: Summary) -> str:
-    """Difference of every method (row) to every other (column); bold where the interval leaves out 0."""
+    """Difference of every method (row) to every other (column), and on how many tasks it is ahead and behind.
+
+    Bold where the interval leaves out 0.
+    """
     labels = [line.label for line in summary.lines]
     values = np.full((len(labels), len(labels)), np.nan)
     sure = np.zeros(values.shape, dtype=bool)
+    texts: dict[tuple[int, int], str] = {}
     for (first, second), comparison in summary.comparisons().items():
         at = labels.index(first), labels.index(second)
         values[at] = comparison.difference.value
         sure[at] = comparison.difference.excludes_zero
-    size = 0.46 * len(labels) + 2.8
+        texts[at] = f"{comparison.difference.value:+.0f}\n{comparison.won}:{comparison.lost}"
+    size = 0.5 * len(labels) + 2.8
     reach = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     with _figure(size + 1.0, size) as (plt, save):
         # orange to white to blue: told apart with any colour vision
         scale = plt.matplotlib.colors.LinearSegmentedColormap.from_list("difference", [ORANGE, "white", BLUE])
-        _matrix(plt, values, labels, labels, "row minus column", scale, (-reach, reach), "{:+.0f}", sure)
+        _matrix(plt, values, labels, labels, "row minus column", scale, (-reach, reach), texts.__getitem__, sure)
         return save()
 
 
@@ -89,7 +97,9 @@ def confusion(found: ProtocolResult) -> str:
     values = 100 * counts / per_task[:, None]
     values[values == 0] = np.nan
     with _figure(0.42 * len(names) + 3.4, 0.34 * len(tasks) + 2.2) as (plt, save):
-        _matrix(plt, values, tasks, names, "% of the task's rows", "cividis", (0.0, 100.0), "{:.0f}")
+        _matrix(
+            plt, values, tasks, names, "% of the task's rows", "cividis", (0.0, 100.0), lambda at: f"{values[at]:.0f}"
+        )
         axes = plt.gcf().axes[0]
         axes.set_xlabel("adapter found first")
         axes.set_ylabel("task of the row")
@@ -121,25 +131,23 @@ def quality_and_cost(summary: Summary) -> str:
 
 
 def _name_points(plt: Any, axes: Any, lines: Sequence[Line]) -> None:
-    """Names beside their points, moved up, on a line, where they would lie on one another."""
+    """Names beside their points, moved up, with a thin line, where they would lie on others."""
     plt.gcf().canvas.draw()  # only now are places on the page known
-    taken: list[Any] = []
-    for line in lines:
-        for lift in range(0, 150, 4):
-            leader = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6} if lift > 8 else None
-            text = axes.annotate(
-                line.label,
-                (max(line.ms or 0.0, LEAST_MS), line.score.value),
-                (9, lift - 3),
-                textcoords="offset points",
-                fontsize=9,
-                arrowprops=leader,
-            )
-            box = plt.matplotlib.text.Text.get_window_extent(text)  # of the words, without the line
+    points = [(max(line.ms or 0.0, LEAST_MS), line.score.value) for line in lines]
+    bounds = plt.matplotlib.transforms.Bbox.from_bounds
+    taken = [bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(points)]
+    for line, point in zip(lines, points, strict=True):
+        for lift in range(-3, 150, 3):
+            place = {"xy": point, "xytext": (11, lift), "textcoords": "offset points", "fontsize": 9}
+            name = axes.annotate(line.label, **place)
+            box = name.get_window_extent()
             if not any(box.overlaps(other) for other in taken):
-                taken.append(box)
                 break
-            text.remove()
+            name.remove()
+        taken.append(box)
+        if lift > LONGEST_GAP:
+            name.remove()
+            axes.annotate(line.label, **place, arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6})
 
 
 def _matrix(
@@ -150,7 +158,7 @@ def _matrix(
     meaning: str,
     colours: Any,
     limits: tuple[float, float],
-    form: str,
+    text: Callable[[tuple[int, int]], str],
     bold: np.ndarray[Any, Any] | None = None,
 ) -> None:
     """A heat map with its numbers written in."""
@@ -160,12 +168,12 @@ def _matrix(
     axes.set_yticks(range(len(rows)), rows)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    for (i, j), value in np.ndenumerate(values):
+    for at, value in np.ndenumerate(values):
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-            weight = "bold" if bold is not None and bold[i, j] else "normal"
-            axes.text(j, i, form.format(value), ha="center", va="center", fontsize=7.5, color=ink, weight=weight)
+            weight = "bold" if bold is not None and bold[at] else "normal"
+            axes.text(at[1], at[0], text(at), ha="center", va="center", fontsize=7.5, color=ink, weight=weight)
     plt.colorbar(image, ax=axes, label=meaning, fraction=0.03, pad=0.02)
 
 

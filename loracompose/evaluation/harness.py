@@ -21,7 +21,7 @@ from loracompose.evaluation.methods import Method, Situation
 from loracompose.evaluation.metrics import METRICS
 from loracompose.evaluation.protocols import Protocol
 from loracompose.evaluation.results import MethodResult, ProtocolResult, Results, RowRecord
-from loracompose.evaluation.tasks import TaskRow, clusters
+from loracompose.evaluation.tasks import TaskRow, clusters, rows_of
 from loracompose.retrieval.index import AdapterIndex
 
 PACKAGES = ("torch", "transformers", "numpy", "sacrebleu", "rouge-score", "sentence-transformers")
@@ -34,6 +34,7 @@ class Plan:
     Attributes:
         methods: lines of the table.
         protocols: ways to ask.
+        tasks: names of those to ask; None asks all. The others still say which adapters share a cluster.
         n: rows a task; None takes all.
         seed: of the rows drawn.
         unseen_template: the phrasing that no adapter saw.
@@ -44,6 +45,7 @@ class Plan:
 
     methods: tuple[Method, ...]
     protocols: tuple[Protocol, ...]
+    tasks: tuple[str, ...] | None = None
     n: int | None = 5
     seed: int = 0
     unseen_template: int | None = 5
@@ -76,7 +78,7 @@ def evaluate(
 
     Args:
         engine: with an index; its own composer and weighting are not used.
-        rows: the test rows of the tasks.
+        rows: the test rows of all tasks.
         plan: what to evaluate.
         cache: where answers are kept.
         shots: solved rows of another split, for few-shot prompts.
@@ -105,7 +107,7 @@ def _prepare(
     budgets: Mapping[str, int],
     shots: Sequence[TaskRow],
 ) -> Round:
-    asked = protocol.rows(rows, plan.n, plan.seed, plan.unseen_template)
+    asked = protocol.rows(rows_of(rows, plan.tasks), plan.n, plan.seed, plan.unseen_template)
     names = frozenset(card.name for card in index.cards)
     excluded = protocol.excluded(asked, clusters(rows), names)
     found = _search(index, asked, excluded, max(method.k for method in plan.methods))

@@ -70,7 +70,7 @@ def _protocol(found: ProtocolResult, summary: Summary) -> str:
     drawings = [
         ("leaderboard with 95 % intervals", figures.leaderboard(summary)),
         ("score of every method on every task", figures.task_heat_map(summary)),
-        ("row minus column; bold where the interval leaves out 0", figures.wins(summary)),
+        ("row minus column, tasks won:lost; bold where the interval leaves out 0", figures.wins(summary)),
         ("adapter found first, by task", figures.confusion(found)),
     ]
     if any(line.ms is not None for line in summary.lines):

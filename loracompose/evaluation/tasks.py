@@ -43,24 +43,19 @@ class TaskRow:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def read_tasks(path: str | Path, split: str = "test", only: Collection[str] | None = None) -> tuple[TaskRow, ...]:
+def read_tasks(path: str | Path, split: str = "test") -> tuple[TaskRow, ...]:
     """The rows of a JSONL file, or of the files `*.SPLIT.jsonl` of a folder; a row that occurs twice counts once.
 
     Args:
         path: file or folder.
         split: which files of a folder.
-        only: names of tasks; None takes all.
 
     Raises:
         FileNotFoundError: nothing is there, or no file of this split.
-        LookupError: a task in `only` that does not occur.
+        LookupError: a metric that does not exist.
         ValueError: a line that is no row; the message names it.
     """
-    rows = dict.fromkeys(row for file in _files(Path(path), split) for row in _read_file(file))
-    names = {row.task for row in rows}
-    if only is not None and (unknown := sorted(set(only) - names)):
-        raise LookupError(f"{path} has no task {', '.join(unknown)}; there are {', '.join(sorted(names))}")
-    found = tuple(row for row in rows if only is None or row.task in only)
+    found = tuple(dict.fromkeys(row for file in _files(Path(path), split) for row in _read_file(file)))
     if not found:
         raise ValueError(f"{path} holds no row")
     _check_clusters(found)
@@ -100,6 +95,18 @@ def draw(rows: Sequence[TaskRow], n: int | None, seed: int) -> tuple[TaskRow, ..
         mine = [row for row in rows if row.task == task]
         drawn += mine if n is None else _in_turns(mine, random.Random(f"{seed} {task}"))[:n]
     return tuple(drawn)
+
+
+def rows_of(rows: Sequence[TaskRow], tasks: Collection[str] | None) -> tuple[TaskRow, ...]:
+    """The rows of some tasks; all of them if None.
+
+    Raises:
+        LookupError: a task that has no row.
+    """
+    names = {row.task for row in rows}
+    if tasks is not None and (unknown := sorted(set(tasks) - names)):
+        raise LookupError(f"there is no task {', '.join(unknown)}; there are {', '.join(sorted(names))}")
+    return tuple(row for row in rows if tasks is None or row.task in tasks)
 
 
 def clusters(rows: Iterable[TaskRow]) -> dict[str, str]:

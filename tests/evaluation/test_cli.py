@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_the_smoke_set_runs_from_index_to_report_and_resumes(tmp_path, monkeypat
 
     monkeypatch.setattr(Engine, "generate", interrupted)
     stopped = run(*command, "-p", "in-domain", "-p", "masked", status=130)
-    assert "interrupted: 8 answers are kept" in stopped.stderr
+    assert re.search(r"interrupted: [1-9]\d* answers are kept", stopped.stderr)
     found = json.loads(run(*command, "-p", "in-domain", "-p", "masked").stdout)
     score = {line["label"]: line["score"]["value"] for line in found["in-domain"]["methods"]}
     assert score["base"] < 50 < score["mixture"] <= 100  # the base talks, the adapters answer

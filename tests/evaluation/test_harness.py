@@ -114,6 +114,12 @@ def test_methods_use_what_the_protocol_leaves_them(engine, tmp_path, monkeypatch
     assert sum(set(adapters) == {own[prompt]} for prompt, adapters in seen) == 8
 
 
+def test_tasks_that_are_not_asked_still_hide_their_clusters_adapters(engine, tmp_path):
+    (found,) = run(engine, tmp_path, plan(["mixture"], ["cluster-masked"], tasks=("french",))).protocols
+    assert {row.task for row in found.rows} == {"french"}
+    assert set(found.top) <= {"sql", "sums"}
+
+
 def test_places_and_costs_are_those_of_the_rows(engine, tmp_path):
     in_domain, masked = run(engine, tmp_path).protocols
     assert set(masked.place) == {None}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -140,18 +141,13 @@ def _run(rounds: Sequence[Round], methods: Sequence[Method], answerer: Answerer,
         TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not progress, transient=True) as bar:
-        missing = {key for made in rounds for jobs in made.jobs for key in (job.key for job in answerer.missing(jobs))}
+        missing = {job.key for made in rounds for jobs in made.jobs for job in answerer.missing(jobs)}
         shown = bar.add_task("answers", total=len(missing))
         for made in rounds:
             for method, jobs in zip(methods, made.jobs, strict=True):
                 bar.update(shown, description=f"{made.protocol.name}: {method.label}")
-                _answer(answerer, jobs, method.composer, made.protocol.shuffled, lambda n: bar.advance(shown, n))
-
-
-def _answer(
-    answerer: Answerer, jobs: Sequence[Job | None], composer: Composer, mixed: bool, done: Callable[[int], None]
-) -> None:
-    answerer.answer(answerer.missing(jobs), composer, mixed, done)
+                left = answerer.missing(jobs)  # asked anew: the protocol before may have answered some
+                answerer.answer(left, method.composer, made.protocol.shuffled, partial(bar.advance, shown))
 
 
 def _score(made: Round, plan: Plan, answerer: Answerer) -> ProtocolResult:

@@ -22,7 +22,7 @@ def parse_method(line: str) -> Method:
 
     A baseline: `base`, `oracle`, `uniform_all`, `random seed=1`, `few_shot shots=3`, `adapter path=FOLDER`. A
     composer: its name, then any of `k=3`, `weighting=uniform`, `temperature=0.2`, `router=FOLDER` for one that
-    learns, and its own settings as `set.NAME=VALUE`. `label=NAME` names it; the line itself is its name otherwise.
+    learns, and its own settings as `set.NAME=VALUE`. `label=NAME` names it; otherwise its line does, without folders.
 
     Raises:
         LookupError: no method of that name.
@@ -40,7 +40,7 @@ def parse_method(line: str) -> Method:
     rest = {key: value for key, value in given.items() if not key.startswith("set.")}
     _check_keys(rest, RETRIEVAL, line, hint="; settings of the composer are written set.NAME=VALUE")
     router = rest.pop("router", None)
-    label = str(rest.pop("label", " ".join(words)))
+    label = str(rest.pop("label", _label(words)))
     method = Composed(label=label, composer=build_composer(name, settings, router), **rest)
     if not isinstance(method.k, int) or method.k < 1:
         raise ValueError(f"{line!r}: k must be an integer of at least 1, got {method.k!r}")
@@ -88,8 +88,13 @@ def _baseline(name: str, given: Mapping[str, Any], line: str) -> Method:
         if "path" not in given:
             raise ValueError(f"{line!r}: say which, path=FOLDER")
         given = {**given, "path": Path(str(given["path"]))}
-    method: Method = kind(**{"label": line if given else name, **given})
+    method: Method = kind(**{"label": _label(shlex.split(line)), **given})
     return method
+
+
+def _label(words: Sequence[str]) -> str:
+    """The words that mean the same on every machine."""
+    return " ".join(word for word in words if not word.startswith(("router=", "path=")))
 
 
 def _pairs(line: str, words: Sequence[str]) -> dict[str, Any]:

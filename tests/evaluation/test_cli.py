@@ -73,7 +73,8 @@ def test_a_report_writes_the_page_and_the_table_of_the_document(tmp_path):
 @pytest.mark.real
 def test_the_smoke_set_runs_from_index_to_report_and_resumes(tmp_path, monkeypatch):
     CliRunner().invoke(app, ["index", "build", str(ROOT / "index" / "pool"), str(tmp_path / "index")])
-    command = ("run", SMOKE, "-i", tmp_path / "index", "-o", tmp_path / "r.json", "-n", 2, "-x", "mixture", "--json")
+    protocols = ("-p", "in-domain", "-p", "masked", "--timed-rows", 0, "--json")
+    command = ("run", SMOKE, "-i", tmp_path / "index", "-o", tmp_path / "r.json", "-n", 2, "-x", "mixture", *protocols)
     generate, calls = Engine.generate, []
 
     def interrupted(self, *args, **kwargs):
@@ -83,13 +84,13 @@ def test_the_smoke_set_runs_from_index_to_report_and_resumes(tmp_path, monkeypat
         return generate(self, *args, **kwargs)
 
     monkeypatch.setattr(Engine, "generate", interrupted)
-    stopped = run(*command, "-p", "in-domain", "-p", "masked", status=130)
+    stopped = run(*command, status=130)
     assert re.search(r"interrupted: [1-9]\d* answers are kept", stopped.stderr)
-    found = json.loads(run(*command, "-p", "in-domain", "-p", "masked").stdout)
+    found = json.loads(run(*command).stdout)
     score = {line["label"]: line["score"]["value"] for line in found["in-domain"]["methods"]}
     assert score["base"] < 50 < score["mixture"] <= 100  # the base talks, the adapters answer
     done = len(calls)
-    run(*command, "-p", "in-domain", "-p", "masked")
+    run(*command)
     assert len(calls) == done  # nothing was left to generate
     run("report", tmp_path / "r.json", "--html", tmp_path / "r.html")
     assert "<code>mixture</code>" in (tmp_path / "r.html").read_text()

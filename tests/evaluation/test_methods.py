@@ -70,6 +70,11 @@ def test_one_adapter_for_everything_is_a_folder():
     assert sets("adapter path='my runs/all' label=multi") == [{Path("my runs/all"): 1.0}] * 4
 
 
+def test_a_label_has_no_folder_of_this_machine():
+    assert parse_method("adapter path=/home/me/all").label == "adapter"
+    assert parse_method("random seed=3").label == "random seed=3"
+
+
 def test_a_line_says_composer_settings_and_label():
     method = parse_method("lego k=5 weighting=lorauter temperature=0.5 set.k=16 set.units=canonical")
     assert method.composer == Lego(k=16, units="canonical")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -60,7 +61,24 @@ class Request:
         if never_ran and any(m.weight for _, m in members):
             notes.append(f"the model never called {', '.join(never_ran)}: updates of these modules had no effect")
         ordered = tuple(sorted(uses, key=lambda use: (-use.weight, -(use.score or 0.0))))
-        return Generation(self.prompts[i], texts, repr(self.composer), ordered, dict(self.timings), tuple(notes))
+        return Generation(
+            prompt=self.prompts[i],
+            texts=texts,
+            composer=repr(self.composer),
+            adapters=ordered,
+            timings=dict(self.timings),
+            notes=tuple(notes),
+            added_parameters=self.added_parameters[i],
+        )
+
+    @cached_property
+    def added_parameters(self) -> list[int]:
+        """Numbers in the A and B of the ranks that run for each prompt; a gate may switch them off token by token."""
+        counts = torch.zeros(len(self.prompts), dtype=torch.int64)
+        for delta in self.deltas.values():
+            ranks = (delta.weights != 0).sum(dim=-1).cpu()  # (batch,)
+            counts += ranks * (delta.A.shape[-1] + delta.B.shape[-2])
+        return [int(count) for count in counts]
 
 
 def prepare(

@@ -38,6 +38,7 @@ class Generation:
         adapters: what was retrieved or given, by weight, then by score; empty if the base model answered alone.
         timings: seconds: `retrieve` of the whole call, `load`, `compose` and `generate` of this prompt's batch.
         notes: anything unusual, such as an adapter made for a base of another name.
+        added_parameters: numbers in the A and B of the ranks that ran for this prompt.
     """
 
     prompt: Prompt
@@ -46,6 +47,7 @@ class Generation:
     adapters: tuple[AdapterUse, ...]
     timings: Mapping[str, float] = field(compare=False)
     notes: tuple[str, ...] = ()
+    added_parameters: int = 0
 
     @property
     def text(self) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loracompose import __version__
-from loracompose.cli import benchmarks, composing, doctor, indexing, training
+from loracompose.cli import benchmarks, composing, doctor, evaluating, indexing, training
 from loracompose.cli.errors import Commands
 from loracompose.cli.generating import generate
 from loracompose.cli.smora import smora
@@ -40,6 +40,7 @@ app.add_typer(indexing.app, name="index")
 training.app.command()(smora)
 app.add_typer(training.app, name="train")
 app.add_typer(benchmarks.app, name="bench")
+app.add_typer(evaluating.app, name="eval")
 app.command()(generate)
 app.command()(composing.compose)
 app.command()(doctor.doctor)

@@ -1,0 +1,1 @@
+"""Does composing help, when, and which method? Tasks, protocols, methods, scores, and what they show."""

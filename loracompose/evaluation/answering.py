@@ -1,0 +1,207 @@
+"""From questions to answers: what is kept is looked up, the rest is generated batch by batch and kept at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from loracompose.composers import Composer
+from loracompose.engine import Engine
+from loracompose.evaluation.cache import Answer, AnswerCache, base_identity, question_key
+from loracompose.evaluation.methods import Question
+from loracompose.evaluation.tasks import TaskRow
+from loracompose.prompts import user_text
+from loracompose.trace import Generation
+
+SLACK = 8  # tokens that an answer may have beyond the longest reference of its task: too long is never cut to right
+TIMED_TOKENS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One question to answer: its key in the cache and the longest answer in tokens."""
+
+    key: str
+    question: Question
+    budget: int
+    task: str
+
+
+class RowBudget(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of a batch after a number of new tokens of its own, so rows of different tasks may share it."""
+
+    def __init__(self, budgets: Sequence[int]) -> None:
+        self._budgets = torch.tensor(budgets)
+        self._prompt: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Which rows have used up their budget, (batch,)."""
+        if self._prompt is None:  # first asked after the first new token
+            self._prompt = input_ids.shape[1] - 1
+        budgets = self._budgets.to(input_ids.device)
+        return (input_ids.shape[1] - self._prompt) >= budgets
+
+
+@dataclass(frozen=True, eq=False)
+class Answerer:
+    """An engine with the answers it gave before.
+
+    Attributes:
+        engine: with an index.
+        cache: of answers.
+        batch_size: questions that run together.
+        base: identity of the base model.
+    """
+
+    engine: Engine
+    cache: AnswerCache
+    batch_size: int
+    base: str
+
+    @classmethod
+    def over(cls, engine: Engine, cache: AnswerCache, batch_size: int) -> Answerer:
+        """The answerer of an engine."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        return cls(engine, cache, batch_size, base_identity(engine.base))
+
+    def jobs(
+        self,
+        rows: Sequence[TaskRow],
+        questions: Sequence[Question | None],
+        composer: Composer,
+        budgets: Mapping[str, int],
+        mixed: bool,
+    ) -> list[Job | None]:
+        """The jobs of a method, one a row; None where it asks nothing.
+
+        Args:
+            rows: the rows of the protocol.
+            questions: of the method, one a row.
+            composer: of the method.
+            budgets: longest answer of each task in tokens.
+            mixed: whether batches mix all tasks; kept apart from those that do not, or nothing would be measured.
+        """
+        jobs: list[Job | None] = []
+        for row, question in zip(rows, questions, strict=True):
+            if question is None:
+                jobs.append(None)
+                continue
+            budget = budgets[row.task]
+            decoding = {"max_new_tokens": budget, "do_sample": False, "mixed": mixed}
+            members = [(self._fingerprint(ref), weight) for ref, weight in question.adapters.items()]
+            key = question_key(self.base, question.prompt, members, repr(composer), decoding)
+            jobs.append(Job(key, question, budget, row.task))
+        return jobs
+
+    def missing(self, jobs: Sequence[Job | None]) -> list[Job]:
+        """The jobs without an answer, each key once."""
+        distinct = {job.key: job for job in jobs if job is not None}
+        return [job for job in distinct.values() if self.cache.get(job.key) is None]
+
+    def answer(self, jobs: Sequence[Job], composer: Composer, mixed: bool, done: Callable[[int], None]) -> None:
+        """Generate and keep the answers of jobs, batch by batch.
+
+        Args:
+            jobs: without an answer yet.
+            composer: of all of them.
+            mixed: whether batches follow the order given, or rows of a kind run together.
+            done: told the number of answers after each batch.
+        """
+        for batch in batches(jobs, self.batch_size, mixed):
+            generations = self.engine.generate(
+                [job.question.prompt for job in batch],
+                adapters=[dict(job.question.adapters) for job in batch],
+                composer=composer,
+                max_new_tokens=max(job.budget for job in batch),
+                batch_size=len(batch),
+                stopping_criteria=StoppingCriteriaList([RowBudget([job.budget for job in batch])]),
+            )
+            found = zip(batch, generations, strict=True)
+            self.cache.put({job.key: self._answer(generation) for job, generation in found})
+            done(len(batch))
+
+    def seconds(self, jobs: Sequence[Job | None], composer: Composer, rows: int) -> float | None:
+        """Seconds a prompt to load, compose and generate one batch of the first rows, the faster of two times.
+
+        Every answer has `TIMED_TOKENS` tokens, so a method that talks more does not look slower. Nothing is kept.
+
+        Args:
+            jobs: of a method.
+            composer: of the method.
+            rows: of the batch; None comes back if it is 0.
+        """
+        batch = [job for job in jobs if job is not None][:rows]
+        if not batch:
+            return None
+        times = []
+        for _ in range(2):  # the first also reads adapters and warms up
+            start = time.perf_counter()
+            self.engine.generate(
+                [job.question.prompt for job in batch],
+                adapters=[dict(job.question.adapters) for job in batch],
+                composer=composer,
+                batch_size=len(batch),
+                max_new_tokens=TIMED_TOKENS,
+                min_new_tokens=TIMED_TOKENS,
+            )
+            times.append((time.perf_counter() - start) / len(batch))
+        return min(times)
+
+    def _answer(self, generation: Generation) -> Answer:
+        width = torch.empty((), dtype=self.engine.base.dtype).element_size()
+        composer = generation.composer if generation.adapters else ""
+        return Answer(generation.text.strip(), generation.added_parameters * width, composer)
+
+    def _fingerprint(self, ref: str | Path) -> str:
+        if isinstance(ref, Path):
+            return self.engine.store.get(ref).fingerprint
+        index = self.engine.index
+        if index is None:
+            raise ValueError("an evaluation needs an engine with an index: Engine.from_pretrained(..., index=...)")
+        return index.card(ref).fingerprint
+
+
+def batches(jobs: Sequence[Job], size: int, mixed: bool) -> Iterator[list[Job]]:
+    """The jobs in batches: as they come, or rows alike in budget, task, set and length together, which wastes least.
+
+    A row that has ended is computed until its whole batch has: budgets of one batch differ at most twofold.
+    """
+    batch: list[Job] = []
+    for job in jobs if mixed else sorted(jobs, key=_likeness):
+        if batch and (len(batch) == size or (not mixed and job.budget > 2 * batch[0].budget)):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def token_budgets(engine: Engine, rows: Sequence[TaskRow], limit: int) -> dict[str, int]:
+    """The longest answer of each task in tokens: its longest reference and `SLACK`, at most `limit`.
+
+    An answer cut there is longer than every reference, so cutting never makes it an exact match.
+
+    Args:
+        engine: whose tokenizer counts.
+        rows: all rows of the tasks, drawn or not, so that budgets do not depend on how many are drawn.
+        limit: largest budget.
+    """
+    if limit < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
+    longest: dict[str, int] = {}
+    for row in rows:
+        length = len(engine.base.tokenizer(row.response, add_special_tokens=False)["input_ids"])
+        longest[row.task] = max(longest.get(row.task, 0), length)
+    return {task: min(limit, length + SLACK) for task, length in longest.items()}
+
+
+def _likeness(job: Job) -> tuple[Any, ...]:
+    return job.budget, job.task, sorted(map(str, job.question.adapters)), len(user_text(job.question.prompt)), job.key

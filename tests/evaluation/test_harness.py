@@ -1,0 +1,229 @@
+"""The harness on a tiny model: equal sets, resumed runs, and costs, through the real engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loracompose.evaluation import harness
+from loracompose.evaluation.answering import Job, RowBudget, batches, token_budgets
+from loracompose.evaluation.cache import AnswerCache
+from loracompose.evaluation.harness import Plan, evaluate
+from loracompose.evaluation.methods import Question
+from loracompose.evaluation.protocols import PROTOCOLS
+from loracompose.evaluation.specification import parse_methods
+from tests.evaluation.material import CLUSTERS, build_engine, solved_rows, task_rows
+
+METHODS = ("base", "oracle", "random", "uniform_all", "few_shot shots=1", "mixture", "lego weighting=uniform")
+QUICK = {"n": 2, "max_new_tokens": 6, "batch_size": 5, "timed_rows": 0}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    with build_engine(tmp_path_factory.mktemp("harness")) as made:
+        yield made
+
+
+def plan(methods=METHODS, protocols=("in-domain", "masked"), **changed):
+    return Plan(parse_methods(methods), tuple(PROTOCOLS[name] for name in protocols), **{**QUICK, **changed})
+
+
+def run(engine, folder, the_plan=None, rows=None):
+    with AnswerCache(folder / "kept.sqlite") as cache:
+        return evaluate(engine, rows or task_rows(), the_plan or plan(), cache, solved_rows())
+
+
+def timeless(results):
+    """Results without the times that they took."""
+    return [
+        (p.name, p.rows, p.top, p.place, [(m.label, m.composer, m.scores, m.added_bytes) for m in p.methods])
+        for p in results.protocols
+    ]
+
+
+def test_every_method_answers_every_row_of_every_protocol(engine, tmp_path):
+    results = run(engine, tmp_path)
+    assert [protocol.name for protocol in results.protocols] == ["in-domain", "masked"]
+    for protocol in results.protocols:
+        assert [row.task for row in protocol.rows] == sorted([*CLUSTERS] * 2)
+        assert [method.label for method in protocol.methods] == list(METHODS)
+        for method in protocol.methods:
+            assert all(score is not None and 0 <= score <= 100 for score in method.scores)
+    assert results.pool == {card.name: card.fingerprint for card in engine.index.cards}
+
+
+def test_an_interrupted_run_continues_where_it_stopped_and_ends_the_same(engine, tmp_path, monkeypatch):
+    asked = []
+    generate = type(engine).generate
+
+    def counted(self, prompts, *, adapters, composer, **kwargs):
+        if len(asked) == 3:
+            asked.append(None)
+            raise KeyboardInterrupt
+        answers = generate(self, prompts, adapters=adapters, composer=composer, **kwargs)
+        asked.append([(str(p), str(a), repr(composer)) for p, a in zip(prompts, adapters, strict=True)])
+        return answers
+
+    monkeypatch.setattr(type(engine), "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, tmp_path)
+    before = [question for batch in asked[:3] for question in batch]
+    with AnswerCache(tmp_path / "kept.sqlite") as cache:
+        assert len(cache) == len(before) == 13  # 5 and 3 rows of the base, 5 of the oracle
+    resumed = run(engine, tmp_path)
+    every = before + [question for batch in asked[4:] for question in batch]
+    assert len(every) == len(set(every))  # no row twice, in no protocol
+    again = run(engine, tmp_path)
+    assert len(every) == sum(len(batch) for batch in asked if batch)
+    (tmp_path / "whole").mkdir()
+    assert timeless(resumed) == timeless(run(engine, tmp_path / "whole")) == timeless(again)
+
+
+def test_one_more_method_costs_only_itself(engine, tmp_path, monkeypatch):
+    run(engine, tmp_path, plan(["mixture"]))
+    composers = []
+    generate = type(engine).generate
+
+    def noted(self, prompts, *, composer, **kwargs):
+        composers.append(composer.name)
+        return generate(self, prompts, composer=composer, **kwargs)
+
+    monkeypatch.setattr(type(engine), "generate", noted)
+    run(engine, tmp_path, plan(["mixture", "arrow"]))
+    assert set(composers) == {"arrow"}
+
+
+def test_methods_use_what_the_protocol_leaves_them(engine, tmp_path, monkeypatch):
+    seen = []
+    generate = type(engine).generate
+
+    def noted(self, prompts, *, adapters, **kwargs):
+        seen.extend(zip(prompts, adapters, strict=True))
+        return generate(self, prompts, adapters=adapters, **kwargs)
+
+    monkeypatch.setattr(type(engine), "generate", noted)
+    run(engine, tmp_path, plan(["random", "uniform_all", "mixture", "base", "oracle"], ["cluster-masked"]))
+    cluster = {row.prompt: row.cluster for row in task_rows()}
+    own = {row.prompt: row.task for row in task_rows()}
+    for prompt, adapters in seen:
+        if set(adapters) == {own[prompt]}:
+            continue  # the oracle, which no mask concerns
+        assert not {name for name in adapters if CLUSTERS[name] == cluster[prompt]}
+    assert sum(set(adapters) == {own[prompt]} for prompt, adapters in seen) == 8
+
+
+def test_tasks_that_are_not_asked_still_hide_their_clusters_adapters(engine, tmp_path):
+    (found,) = run(engine, tmp_path, plan(["mixture"], ["cluster-masked"], tasks=("french",))).protocols
+    assert {row.task for row in found.rows} == {"french"}
+    assert set(found.top) <= {"sql", "sums"}
+
+
+def test_places_and_costs_are_those_of_the_rows(engine, tmp_path):
+    in_domain, masked = run(engine, tmp_path).protocols
+    assert set(masked.place) == {None}
+    assert in_domain.place.count(1) >= 6
+    assert [row.task for row, place in zip(in_domain.rows, in_domain.place, strict=True) if place == 1] == [
+        top for top, place in zip(in_domain.top, in_domain.place, strict=True) if place == 1
+    ]
+    cost = {method.label: method.added_bytes for method in in_domain.methods}
+    sizes = [engine.store.get(engine.index.path(name)).nbytes for name in CLUSTERS]
+    assert cost["base"] == cost["few_shot shots=1"] == 0
+    assert cost["uniform_all"] == sum(sizes)
+    assert cost["oracle"] == round(sum(sizes) / 4)
+
+
+def test_the_mixed_stream_is_run_and_gives_the_same_scores(engine, tmp_path):
+    both = run(engine, tmp_path, plan(["mixture"], ["in-domain", "mixed"]))
+    plain, mixed = both.protocols
+    with AnswerCache(tmp_path / "kept.sqlite") as cache:
+        assert len(cache) == 2 * 3 * 8
+
+    def by_row(protocol):
+        return [dict(zip((r.id for r in protocol.rows), m.scores, strict=True)) for m in protocol.methods]
+
+    assert by_row(plain) == by_row(mixed)
+
+
+def test_a_task_without_adapter_has_no_oracle(engine, tmp_path):
+    rows = [replace(row, task="letters") if row.task == "sums" else row for row in task_rows()]
+    (protocol,) = run(engine, tmp_path, plan(["mixture"], ["masked"]), rows).protocols
+    oracle = next(method for method in protocol.methods if method.label == "oracle")
+    missing = {row.task for row, score in zip(protocol.rows, oracle.scores, strict=True) if score is None}
+    assert missing == {"letters"}
+
+
+def test_the_score_is_that_of_the_answer_against_the_reference(engine, tmp_path):
+    row = task_rows()[3]  # of sql, by exact match
+    said = engine.generate([row.prompt], adapters=[[]], max_new_tokens=6)[0].text
+    scores = []
+    for reference in (said, f"{said} not"):
+        folder = tmp_path / str(len(scores))
+        (protocol,) = run(engine, folder, plan(["base"], ["in-domain"]), [replace(row, response=reference)]).protocols
+        scores.append({method.label: method.scores for method in protocol.methods}["base"])
+    assert scores == [(100.0,), (0.0,)]
+
+
+def test_methods_are_timed_on_answers_of_one_length_that_are_not_kept(engine, tmp_path, monkeypatch):
+    untimed = run(engine, tmp_path, plan(["mixture"], ["masked"])).protocols[0]
+    asked = []
+    generate = type(engine).generate
+
+    def noted(self, prompts, **kwargs):
+        asked.append((len(prompts), kwargs["min_new_tokens"], kwargs["max_new_tokens"], kwargs["composer"].name))
+        return generate(self, prompts, **kwargs)
+
+    monkeypatch.setattr(type(engine), "generate", noted)
+    timed = run(engine, tmp_path, plan(["mixture"], ["masked"], timed_rows=3)).protocols[0]
+    assert asked == [(3, 16, 16, "mixture")] * 6  # base, oracle and mixture, twice each
+    assert [method.scores for method in timed.methods] == [method.scores for method in untimed.methods]
+    assert all(method.ms is None for method in untimed.methods)
+    assert all(method.ms > 0 for method in timed.methods)
+
+
+def test_each_row_stops_at_its_own_budget():
+    stop = RowBudget([1, 3])
+    assert [stop(torch.zeros(2, 7 + new), None).tolist() for new in (1, 2, 3)] == [
+        [True, False],
+        [True, False],
+        [True, True],
+    ]
+
+
+def test_rows_of_different_budgets_share_a_batch(engine, tmp_path, monkeypatch):
+    widths = []
+    decode = type(engine)._decode
+
+    def noted(self, output, prompt_length):
+        widths.extend((row != 0).sum().item() for row in output[:, prompt_length:])
+        return decode(self, output, prompt_length)
+
+    monkeypatch.setattr(type(engine), "_decode", noted)
+    monkeypatch.setattr(harness, "token_budgets", lambda *_: {"french": 2, "mood": 4, "sql": 3, "sums": 1})
+    run(engine, tmp_path, plan(["base"], ["mixed"], batch_size=20))
+    assert sorted(set(widths)) == [1, 2, 3, 4]
+
+
+def test_short_answers_do_not_wait_for_long_ones_except_in_the_mixed_stream():
+    jobs = [Job(str(i), Question("p"), budget, "t") for i, budget in enumerate((90, 9, 40, 10, 18, 19))]
+
+    def budgets(size, mixed):
+        return [[job.budget for job in batch] for batch in batches(jobs, size, mixed)]
+
+    assert budgets(9, mixed=False) == [[9, 10, 18], [19], [40], [90]]
+    assert budgets(2, mixed=False) == [[9, 10], [18, 19], [40], [90]]
+    assert budgets(4, mixed=True) == [[90, 9, 40, 10], [18, 19]]
+    assert list(batches([], 4, mixed=False)) == []
+
+
+def test_budgets_are_the_longest_reference_and_some_slack_below_the_limit(engine):
+    rows = task_rows("yes") + task_rows("maybe")
+    assert token_budgets(engine, rows, 99) == dict.fromkeys(CLUSTERS, len("maybe") + 8)
+    assert token_budgets(engine, rows, 7) == dict.fromkeys(CLUSTERS, 7)
+
+
+def test_an_engine_without_index_is_refused(engine, tmp_path):
+    bare = type(engine)(engine.base, engine.composer, engine.store)
+    with pytest.raises(ValueError, match="needs an engine with an index"):
+        run(bare, tmp_path)

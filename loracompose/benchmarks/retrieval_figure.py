@@ -20,7 +20,8 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'loracompose[bench]'") from error
-    with plt.rc_context({"svg.hashsalt": "loracompose", "font.size": 9, "axes.spines.top": False}):
+    style = {"svg.hashsalt": "loracompose", "svg.fonttype": "none", "font.size": 9}
+    with plt.rc_context({**style, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (first, second, third) = plt.subplots(1, 3, figsize=(12.5, 4.2), width_ratios=(1.9, 1, 1))
         _hits(first, result)
         _reliability(second, result)
@@ -51,8 +52,8 @@ def _hits(axes: Any, result: Mapping[str, Any]) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("own adapter among the first k, % of prompts (95 % interval)")
-    axes.set_title(f"{result['adapters']} adapters, {result['rows']['all']:,} prompts", loc="left")
-    axes.legend(loc="lower left", frameon=False)
+    axes.set_title(f"{result['adapters']} adapters, {result['rows']['all']:,} prompts", loc="left", pad=20)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.985), ncols=4, frameon=False, handletextpad=0.2)
 
 
 def _reliability(axes: Any, result: Mapping[str, Any]) -> None:
@@ -60,7 +61,9 @@ def _reliability(axes: Any, result: Mapping[str, Any]) -> None:
     for (part, found), colour in zip(result["scorings"]["hybrid"].items(), _COLOURS, strict=False):
         bins = found["reliability"]
         label = f"{part}, error {found['calibration_error']:.3f}"
-        axes.plot([b["sure"] for b in bins], [b["right"] for b in bins], "o-", color=colour, ms=4, label=label)
+        axes.plot([b["sure"] for b in bins], [b["right"] for b in bins], color=colour, lw=1, alpha=0.5)
+        area = [2 + 150 * b["rows"] / result["rows"][part] for b in bins]  # a bin of few rows says little
+        axes.scatter([b["sure"] for b in bins], [b["right"] for b in bins], s=area, color=colour, label=label)
     axes.set(xlabel="probability of the best adapter", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
     axes.set_title("calibration of the hybrid", loc="left")
     axes.legend(loc="upper left", frameon=False)

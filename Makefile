@@ -1,11 +1,11 @@
-# demo, test, lint: each works in an empty clone. PYTHON and PIP_ARGS may be set, for example
+# demo, test, lint, bench: each works in an empty clone. PYTHON and PIP_ARGS may be set, for example
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   (no CUDA build of torch)
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python index/build.py index/pool demo-index --overwrite
@@ -16,6 +16,10 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# make bench DATA=folder: how often a prompt's own adapter is among the first k
+bench: .venv/installed
+	$(BIN)/loracompose bench retrieval --data $(DATA)
 
 clean:
 	rm -rf .venv demo-index

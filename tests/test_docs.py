@@ -113,3 +113,29 @@ def test_the_table_of_the_lego_ablation_is_made_from_its_results():
     source.loader.exec_module(lego_units)
     results = json.loads((ROOT / "benchmarks" / "results" / "lego_units.json").read_text(encoding="utf-8"))
     assert lego_units.report(results) in (ROOT / "docs" / "lego_units.md").read_text(encoding="utf-8")
+
+
+RETRIEVAL_ROWS = {
+    "BM25 over the example prompts": "bm25",
+    "mean, as in LoraRetriever's code": "mean, as in the paper's code",
+    "renormalised mean, instructed": "mean",
+    "meaning: a closed-form discriminant": "meaning",
+    "edges: the same on openings and closings": "edges",
+    "wording: evidence of n-grams": "wording",
+    "**hybrid of the three, the default**": "hybrid",
+}
+
+
+def test_the_readmes_retrieval_numbers_are_those_of_the_results():
+    results = [
+        json.loads((ROOT / "benchmarks" / "results" / f"retrieval_{name}.json").read_text())
+        for name in ("flan48", "tasks", "tasks_60")
+    ]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:2] == "| "]
+    table = {cells[0]: cells[1:] for cells in rows if cells[0] in RETRIEVAL_ROWS}
+    assert set(table) == set(RETRIEVAL_ROWS)
+    for title, scoring in RETRIEVAL_ROWS.items():
+        flan48, *tasks = [result["scorings"][scoring] for result in results]
+        expected = [flan48["all"]["hit"][k]["share"] for k in ("1", "3", "5", "8")]
+        expected += [task[part]["hit"]["1"]["share"] for task in tasks for part in ("seen", "unseen")]
+        assert table[title] == [f"{share:.1f}" for share in expected], title

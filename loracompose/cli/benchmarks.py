@@ -81,7 +81,7 @@ def retrieval(
 def scale(
     profiles: Annotated[Path, typer.Argument(help="JSON lines with the adapter and prompt of real profiles.")],
     work: Annotated[
-        Path, typer.Argument(help="Folder for the pools: 25 GB for a million adapters, for the time being.")
+        Path, typer.Argument(help="Folder for the pools: 30 GB for a million adapters, for the time being.")
     ],
     sizes: Annotated[list[int] | None, typer.Option("--size", help="Adapters; may be repeated.")] = None,
     output: Annotated[

@@ -41,6 +41,7 @@ def build(
     *,
     instruction: str,
     scoring: Scoring,
+    exact_limit: int,
     copies: bool,
     strict: bool,
     overwrite: bool,
@@ -50,7 +51,10 @@ def build(
     folders = _subfolders(source)
     _check_apart([source, *folders], home)
     check_free(home, overwrite=overwrite)  # before the encoder takes its time
-    settings = describe(embedder, instruction=instruction, scoring=scoring, copies=copies)
+    if exact_limit < 1:
+        raise ValueError(f"exact_limit must be at least 1, got {exact_limit}")
+    described = describe(embedder, instruction=instruction, scoring=scoring, copies=copies)
+    settings = replace(described, exact_limit=exact_limit)
     with made_aside(home, overwrite=overwrite) as aside, ExitStack() as stack:
         entering, skipped = _admit(folders, aside.folder, stack, copies=copies, strict=strict, progress=progress)
         with EmbeddedSoFar(aside.kept, settings) as done:

@@ -26,6 +26,7 @@ from loracompose.retrieval.placement import VECTORS_FILE
 from loracompose.retrieval.scale.sized import SizedPool
 from loracompose.retrieval.scoring import DEFAULT_SCORING, Scoring, check_scoring
 from loracompose.retrieval.stored import StoredIndex, open_catalog
+from loracompose.retrieval.tables import EXACT_LIMIT
 
 if TYPE_CHECKING:
     from loracompose.retrieval.building import BuildReport
@@ -54,6 +55,9 @@ class AdapterIndex(StoredIndex):
     after a change. Threads may search while others add and remove; a search sees one generation. Other processes
     may use the same folder at the same time.
 
+    A pool of more than `exact_limit` adapters is not held in memory (`scale/`): candidates are found by reduced vectors
+    that are frozen in versions, and scored exactly; probabilities are then those among the candidates.
+
     Use `AdapterIndex.build` or `AdapterIndex.open`; close it, or use it in a `with` block.
     """
 
@@ -76,6 +80,7 @@ class AdapterIndex(StoredIndex):
         embedder: Embedder | str | None = None,
         instruction: str = INSTRUCTION,
         scoring: Scoring = DEFAULT_SCORING,
+        exact_limit: int = EXACT_LIMIT,
         copy: bool = False,
         strict: bool = False,
         overwrite: bool = False,
@@ -93,6 +98,7 @@ class AdapterIndex(StoredIndex):
             embedder: the encoder, by name or as an object; default is all-MiniLM-L6-v2.
             instruction: what is put before every example and every prompt, which are embedded without it, too.
             scoring: how searches compare unless they say otherwise; stored.
+            exact_limit: adapters up to which all are compared with every prompt; stored.
             copy: copy the adapters into the index folder, now and with every `add`; otherwise the index refers to
                 them by relative path.
             strict: raise if an adapter cannot be indexed, instead of leaving it out.
@@ -116,6 +122,7 @@ class AdapterIndex(StoredIndex):
             encoder,
             instruction=instruction,
             scoring=check_scoring(scoring),
+            exact_limit=exact_limit,
             copies=copy,
             strict=strict,
             overwrite=overwrite,

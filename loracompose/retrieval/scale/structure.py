@@ -18,7 +18,7 @@ _FAISS: Any = faiss  # its stubs know the constructors of C++, not those of Pyth
 Singles = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
-TARGET = 0.995
+TARGET = 0.998
 """Recall of the ten best that a structure is chosen for; measured on queries made from examples."""
 
 NEAREST = 10

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from loracompose import AdapterIndex
 from loracompose.retrieval.database import Database
 from loracompose.retrieval.embedding import features, whole
 from loracompose.retrieval.scale import making
@@ -346,3 +347,13 @@ def test_a_departure_keeps_the_embeddings_of_what_went_until_a_version_knows_it(
         assert database.rows("SELECT count(*) FROM departures") == [(0,)]
         assert isinstance(Profile(1, kept), Profile)
         pool.close()
+
+
+def test_an_index_that_is_built_larger_than_its_limit_is_searched_by_a_version_from_the_start(tmp_path, embedder, pool):
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, exact_limit=2) as one:
+        assert len(list((tmp_path / "index").glob("version-*.faiss"))) == 1
+        found = one.search(["count the users with a query"], 4)
+    with AdapterIndex.build(pool, tmp_path / "other", embedder=embedder) as other:
+        assert_same(found, other.search(["count the users with a query"], 4))
+    with pytest.raises(ValueError, match="exact_limit must be at least 1, got 0"):
+        AdapterIndex.build(pool, tmp_path / "none", embedder=embedder, exact_limit=0)

@@ -52,4 +52,4 @@ def test_wordings_come_back_from_their_file(tmp_path):
 
 def test_counts_are_of_examples_and_stop_at_what_a_byte_holds():
     wording = read_wording(["same"] * 300 + ["other"])
-    assert sorted(wording.counts.tolist()) == [1, 255]
+    assert set(wording.counts.tolist()) == {1, 255}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,7 @@ def build_composer(name: str, settings: Mapping[str, Any], router: str | Path | 
         return plain
     known: list[str] = [f.name for f in fields(plain) if f.name != "router"] if is_dataclass(plain) else []
     _check_keys(settings, known, name)
-    given = {**settings, "router": learned} if learned is not None else settings
-    made: Composer = type(plain)(**given)
+    made: Composer = replace(plain, **settings)  # type: ignore[type-var]
     return made
 
 

@@ -7,6 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from loracompose.composers.base import Pool
+from loracompose.composers.mole import Mole
+from loracompose.composition.bank import content_order, gather_banks
+from loracompose.composition.router import save_router
 from loracompose.evaluation import harness
 from loracompose.evaluation.answering import Job, RowBudget, batches, token_budgets
 from loracompose.evaluation.cache import AnswerCache
@@ -118,6 +122,22 @@ def test_tasks_that_are_not_asked_still_hide_their_clusters_adapters(engine, tmp
     (found,) = run(engine, tmp_path, plan(["mixture"], ["cluster-masked"], tasks=("french",))).protocols
     assert {row.task for row in found.rows} == {"french"}
     assert set(found.top) <= {"sql", "sums"}
+
+
+def test_a_method_that_learned_is_one_more_line(engine, tmp_path):
+    cards = {card.name: card for card in engine.index.cards}
+    adapters = [engine.store.get(engine.index.path(name), name=name) for name in cards]
+    adapters = [adapters[i] for i in content_order(adapters)]
+    banks = gather_banks(adapters)
+    start = Mole.initial(Pool("tiny", 32, tuple(a.name for a in adapters), banks), 0, {})
+    save_router(start, tmp_path / "mole")
+    (found,) = run(engine, tmp_path, plan([f"mole weighting=uniform router={tmp_path / 'mole'}"], ["masked"])).protocols
+    learned = found.methods[-1]
+    assert learned.label == "mole weighting=uniform"
+    assert start.fingerprint[:12] in learned.composer
+    assert None not in learned.scores
+    ranks = run(engine, tmp_path, plan(["mixture weighting=uniform"], ["masked"])).protocols[0].methods[-1].added_bytes
+    assert learned.added_bytes == ranks + sum(tensor.nbytes for tensor in start.tensors.values())
 
 
 def test_places_and_costs_are_those_of_the_rows(engine, tmp_path):

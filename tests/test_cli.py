@@ -91,7 +91,7 @@ def test_an_index_is_compacted_saved_restored_and_repaired(home, tmp_path):
     index, saved = tmp_path / "index", tmp_path / "saved"
     run("index", "build", home / "pool", index, "--copy")
     assert read("index", "snapshot", index, saved)["adapters"] == 4
-    assert "adapters, 0.1 MB" in run("index", "snapshot", index, tmp_path / "again").stdout
+    assert "adapters, 0.2 MB" in run("index", "snapshot", index, tmp_path / "again").stdout
     run("index", "remove", index, "sql")
     assert read("index", "compact", index)["deleted"] == []
     assert "leftovers deleted" in run("index", "compact", index).stdout.replace("\n", " ")

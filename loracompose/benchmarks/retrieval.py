@@ -68,8 +68,13 @@ def measure(data: RetrievalData, embedder: Embedder | str | None = None, *, pape
 
 
 def hits(scores: Floats, own: NDArray[np.int64]) -> dict[str, dict[str, float]]:
-    """Share of rows with their own adapter among the first k, with a 95 % bootstrap interval over rows, in per cent."""
-    ranks = (scores > scores[np.arange(len(own)), own][:, None]).sum(axis=1)
+    """Share of rows with their own adapter among the first k, with a 95 % bootstrap interval over rows, in per cent.
+
+    Of equals the earlier comes first, as in a search: a scoring that tells nothing apart finds nothing.
+    """
+    mine = scores[np.arange(len(own)), own][:, None]
+    earlier = np.arange(scores.shape[1]) < own[:, None]
+    ranks = ((scores > mine) | ((scores == mine) & earlier)).sum(axis=1)
     picked = np.random.default_rng(0).integers(0, len(own), size=(RESAMPLES, len(own)))
     result = {}
     for k in KS:

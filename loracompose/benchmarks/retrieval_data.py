@@ -74,7 +74,7 @@ def read_rows(file: Path, owner: str) -> list[dict[str, Any]]:
         ValueError: a line is no JSON object with a "prompt" and its owner.
     """
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

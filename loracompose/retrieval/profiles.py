@@ -113,7 +113,7 @@ def _read_lines(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"

@@ -88,10 +88,10 @@ def take_snapshot(catalog: Catalog, file: Path, previous: Snapshot | None = None
         file: the faiss file.
         previous: an earlier snapshot; what it shares with this one is not read again.
     """
-    if previous is not None and previous.settings.epoch != catalog.settings.epoch:
-        previous = None
     with catalog.reading():
         generation, settings = catalog.generation, catalog.settings
+        if previous is not None and previous.settings.epoch != settings.epoch:
+            previous = None
         entries = _entries(catalog, previous)
         examples = _examples(catalog, entries, previous)
         vectors = read_vectors(file, catalog.noted(VECTORS_KEY, generation), len(entries), settings.dimension)

@@ -23,6 +23,7 @@ from loracompose.benchmarks.retrieval_scorings import bm25
 from loracompose.cli import app
 from loracompose.cli.retrieval_tables import retrieval_tables, rounded
 from loracompose.retrieval.embedding import CallableEmbedder
+from loracompose.retrieval.profiles import read_profiles
 from tests.retrieval.material import TASKS, bag_of_words
 
 
@@ -104,6 +105,21 @@ def test_hits_count_how_many_adapters_are_ahead():
         naive = np.mean([own[i] in sorted(range(10), key=lambda j, row=scores[i]: -row[j])[:k] for i in range(200)])
         assert found[str(k)]["share"] == pytest.approx(100 * naive)
         assert found[str(k)]["low"] <= found[str(k)]["share"] <= found[str(k)]["high"]
+
+
+def test_a_scoring_that_tells_nothing_apart_finds_no_more_than_the_first_adapters():
+    found = hits(np.zeros((10, 10)), np.arange(10))
+    assert [found[str(k)]["share"] for k in KS] == [10.0 * k for k in KS]
+
+
+def test_separators_of_lines_within_a_prompt_are_part_of_it(papers):
+    odd = "one\u2028two\x85three"
+    line = json.dumps({"adapter": next(iter(TASKS)), "prompt": odd}, ensure_ascii=False)
+    (papers / "dev.jsonl").write_text(line + "\n", encoding="utf-8")
+    with (papers / "profiles.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    assert read_retrieval_data(papers).prompts == (odd,)
+    assert odd in read_profiles(papers / "profiles.jsonl")[next(iter(TASKS))]
 
 
 def test_a_sure_and_right_posterior_has_no_calibration_error_and_a_sure_and_wrong_one_all():

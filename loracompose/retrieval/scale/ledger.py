@@ -109,12 +109,20 @@ def position(database: Database) -> Position:
 
 
 def departures(database: Database, after: int, width: int) -> list[Profile]:
-    """What went after this departure, in order."""
+    """What went after this departure, in order.
+
+    Raises:
+        ValueError: what is stored of one is no embedding, so that nothing can be taken back exactly.
+    """
     query = "SELECT adapter, embedding FROM departures WHERE seq > ? ORDER BY seq"
     groups: dict[int, list[bytes]] = {}
     for adapter, embedding in database.rows(query, after):
         groups.setdefault(adapter, []).append(embedding)
-    return [Profile(id, stored_embeddings(blobs, width)) for id, blobs in groups.items()]
+    found = [Profile(id, stored_embeddings(blobs, width)) for id, blobs in groups.items()]
+    broken = [profile.id for profile in found if not np.isfinite(profile.embeddings).all()]
+    if broken:
+        raise ValueError(f"the adapter of row id {broken[0]} went with an embedding that is not finite")
+    return found
 
 
 def profiles(database: Database, after: int, width: int) -> Iterator[list[Profile]]:

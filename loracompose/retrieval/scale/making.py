@@ -96,7 +96,8 @@ def make_version(
     Args:
         database: the catalog's file, by a connection of its own: it is read for minutes.
         home: the index folder.
-        previous: the current version, if it is sound.
+        previous: the version to go on from; only if it is current still, for the departures since another one that
+            its successor knew are forgotten.
         cancelled: asked now and then.
 
     Raises:
@@ -109,6 +110,8 @@ def make_version(
         _, current = ledger.generation_and_record(database)
         if current is not None and current != before:  # another process made one meanwhile
             return current
+        if previous is not None and (current is None or current.token != previous.token):
+            previous = None
         try:
             gathered, digests = _gather(database, home, token, previous, cancelled)
             digests |= _derive(home, token, gathered, cancelled)
@@ -150,6 +153,9 @@ def _gather(
         settings = ledger.settings(database)
         if previous is not None and previous.epoch != settings.epoch:
             previous = None
+        departed: list[Profile] = []
+        if previous is not None:
+            departed = ledger.departures(database, previous.position.departure, settings.width)
         width, position, present = settings.width, ledger.position(database), ledger.all_ids(database)
         sample = ledger.chosen_profiles(database, _spread(present, _SAMPLE).tolist(), width)
         if previous is None:
@@ -159,7 +165,7 @@ def _gather(
             centres = previous.halves[0].frame.centre, previous.halves[1].frame.centre
             first, second = (Moments(half.scatter, half.frame.freedom) for half in previous.halves)
             state = first, second
-            for gone in ledger.departures(database, previous.position.departure, width):
+            for gone in departed:
                 if gone.id <= previous.position.adapter:
                     state = state[0].without(whole(gone.embeddings)), state[1].without(edges(gone.embeddings))
         counted = _spread(present, _COUNTED)

@@ -59,8 +59,9 @@ class LargePool:
     def close(self) -> None:
         """Stop what runs behind it, and close; closing twice is fine."""
         self._closed.set()
-        if self._worker is not None:
-            self._worker.join()
+        worker = self._worker  # which forgets itself at its end
+        if worker is not None:
+            worker.join()
         self._database.close()
 
     def current(self) -> View:
@@ -97,8 +98,9 @@ class LargePool:
         while True:
             _, record = ledger.generation_and_record(self._database)
             version = None if record is None else self._loaded(record)
-            if version is not None:
-                return self._caught_up(version)
+            view = None if version is None else self._caught_up(version)
+            if view is not None:
+                return view
             _, again = ledger.generation_and_record(self._database)
             if again == record:  # otherwise another process has just put another one in its place
                 make_version(self._database, self._home)
@@ -117,13 +119,19 @@ class LargePool:
         except FileNotFoundError:
             return None
 
-    def _caught_up(self, version: Version) -> View:
+    def _caught_up(self, version: Version) -> View | None:
+        """The present view of a version; None if it is not current any more, or what went since cannot be read."""
         with self._database.reading():
-            generation, _ = ledger.generation_and_record(self._database)
+            generation, record = ledger.generation_and_record(self._database)
             settings = ledger.settings(self._database)
+            if record is None or (record.token, settings.epoch) != (version.token, version.epoch):
+                return None
             old = self._view
             view = old if old is not None and old.version is version else View.of(version, generation, settings)
-            went = ledger.departures(self._database, view.position.departure, settings.width)
+            try:
+                went = ledger.departures(self._database, view.position.departure, settings.width)
+            except ValueError:  # it went because it was damaged: the statistics must be summed up anew
+                return None
             blocks = ledger.profiles(self._database, view.position.adapter, settings.width)
             came = [profile for block in blocks for profile in block]
             position = ledger.position(self._database)

@@ -180,13 +180,15 @@ def _by_fits(
     view: View, prompt: str, query: Sequence[Singles], request: Request, banned: set[int], allowed: _Allowed
 ) -> Found:
     breadth = view.version.structure.breadth
-    if breadth.candidates < request.k + len(banned):
-        breadth = Breadth(breadth.probes, request.k + len(banned), breadth.factor)
+    wanted = _wanted(request)
+    if breadth.candidates < wanted + len(banned):
+        breadth = Breadth(breadth.probes, wanted + len(banned), breadth.factor)
+    enough = request.k if allowed.everything else wanted
     while True:
         places = view.near(query[0], breadth)
         ids = view.ids(places)
         open_ids = _open(ids, banned, allowed)
-        if int(open_ids.sum()) >= request.k:
+        if int(open_ids.sum()) >= enough:
             break
         if len(places) >= len(view):
             allowed.all()  # which says so where a key is unknown
@@ -194,9 +196,10 @@ def _by_fits(
         breadth = breadth.doubled()
         if breadth.candidates > _WIDEST:
             every = allowed.all()
-            places = _exhaustive(view, query[0], every, banned, request.k)
+            # Beside the best of all: what may be found does not change the score of what is found.
+            places = np.union1d(places, _exhaustive(view, query[0], every, banned, wanted))
             ids = view.ids(places)
-            open_ids = np.ones(len(ids), dtype=np.bool_)
+            open_ids = _open(ids, banned, allowed)
             break
     places, fits = _scored(view, prompt, query, places, request, open_ids)
     ids = view.ids(places)
@@ -206,6 +209,11 @@ def _by_fits(
     order = rows[np.lexsort((ids[rows], -scores[rows]))][: request.k]  # of equals the earlier adapter
     best = float(fits[rows].max()) if len(rows) else -np.inf
     return Found(ids[order], scores[order], best)
+
+
+def _wanted(request: Request) -> int:
+    """How many that may be found are compared: of the hybrid those that wording may still put first."""
+    return max(request.k, WORDED) if request.scoring == "hybrid" else request.k
 
 
 def _open(ids: NDArray[np.int64], banned: set[int], allowed: _Allowed) -> NDArray[np.bool_]:
@@ -222,7 +230,7 @@ def _scored(
     if request.scoring != "hybrid":
         return places, fits
     order = np.argsort(-fits, kind="stable")
-    enough = np.cumsum(open_ids[order]) <= request.k
+    enough = np.cumsum(open_ids[order]) <= _wanted(request)
     kept = order[(np.arange(len(order)) < WORDED) | (open_ids[order] & enough)]
     places = places[kept]
     meaning, edge, wording = view.version.fitted.weights

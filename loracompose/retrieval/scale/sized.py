@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 def is_large(catalog: Catalog) -> bool:
     """Whether there are more adapters than are compared exactly."""
-    return len(catalog) > catalog.settings.exact_limit
+    limit = catalog.settings.exact_limit
+    return bool(catalog.database.rows("SELECT 1 FROM adapters LIMIT 1 OFFSET ?", limit))  # counting all takes longer
 
 
 def derive(catalog: Catalog, home: Path) -> None:
@@ -63,7 +64,7 @@ class SizedPool:
     def __init__(self, catalog: Catalog, home: Path) -> None:
         self._catalog, self._home = catalog, home
         self._pool: LargePool | None = None
-        self._small = -1  # the generation that was found to be small
+        self._small = self._big = -1  # the last generation that was found to be so
         self._opening = threading.Lock()
         self._cards: CardShelf | None = None
 
@@ -83,12 +84,13 @@ class SizedPool:
         Raises:
             ValueError: the index was embedded with another encoder than the one given.
         """
-        if self._pool is None:
-            with self._opening:
-                if self._pool is None and not self._opened():
-                    return None
-        if self._pool is None:
-            raise ValueError("the pool was closed")
+        if not self._is_large():  # asked first: of a pool that was emptied no version can be made
+            return None
+        with self._opening:
+            if self._pool is None:
+                from loracompose.retrieval.scale.pool import LargePool
+
+                self._pool = LargePool(self._catalog.path, self._home)
         view = self._pool.current()
         if embedder is not None:
             check_encoder(view.settings, embedder)
@@ -134,17 +136,14 @@ class SizedPool:
             self._cards = CardShelf(self._catalog)
         return self._cards
 
-    def _opened(self) -> bool:
+    def _is_large(self) -> bool:
         generation = self._catalog.generation
-        if generation == self._small:
-            return False
-        if not is_large(self._catalog):
-            self._small = generation
-            return False
-        from loracompose.retrieval.scale.pool import LargePool
-
-        self._pool = LargePool(self._catalog.path, self._home)
-        return True
+        if generation not in (self._small, self._big):
+            if is_large(self._catalog):
+                self._big = generation
+            else:
+                self._small = generation
+        return generation != self._small
 
 
 class _Ids(Mapping[str, int]):

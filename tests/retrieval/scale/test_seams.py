@@ -1,0 +1,156 @@
+"""Where large pools meet the life cycle: other processes, damaged records, shrinking, narrow filters."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from loracompose.retrieval import fitting, snapshot
+from loracompose.retrieval.building import reembed
+from loracompose.retrieval.catalog import Catalog
+from loracompose.retrieval.database import Database
+from loracompose.retrieval.embedding import CallableEmbedder
+from loracompose.retrieval.scale.making import make_version
+from loracompose.retrieval.scale.pool import LargePool
+from loracompose.retrieval.scale.version import load_version
+from tests.retrieval.scale.material import EMBEDDER, PROMPTS, card, make_index, texts
+
+TURNED = CallableEmbedder(lambda texts: EMBEDDER(texts)[:, ::-1] * np.linspace(1, 3, 12), "turned", "1")
+
+
+def large(tmp_path, seeds=range(30), name="large"):
+    return make_index(tmp_path / name, seeds, exact_limit=5)
+
+
+def test_a_version_made_from_one_that_is_not_current_any_more_has_the_exact_statistics(tmp_path):
+    with large(tmp_path) as index:
+        index.search(PROMPTS)
+        database = Database.open(index.catalog.path)
+        first = load_version(index.folder, make_version(database, index.folder))
+        for seed in range(10):
+            index.remove(card(seed).name)
+        make_version(database, index.folder)  # by another process, which forgets the departures that it knows
+        again = load_version(index.folder, make_version(database, index.folder, first))
+        fresh = load_version(index.folder, make_version(database, index.folder))
+        database.close()
+    for mine, expected in zip(again.halves, fresh.halves, strict=True):
+        assert mine.frame.freedom == expected.frame.freedom
+        np.testing.assert_allclose(mine.scatter, expected.scatter, atol=1e-4)
+
+
+class Interrupted(LargePool):
+    """Something happens after a version was loaded and before what came since is read."""
+
+    between = staticmethod(lambda: None)
+
+    def _loaded(self, record):
+        found = super()._loaded(record)
+        between, self.between = self.between, lambda: None
+        between()
+        return found
+
+
+def test_a_view_is_never_of_one_epoch_with_a_version_of_another(tmp_path):
+    with large(tmp_path) as index:
+        index.search(PROMPTS)
+        pool = Interrupted(index.catalog.path, index.folder)
+        pool.between = lambda: reembed(index.catalog, TURNED)
+        view = pool.current()
+        pool.close()
+    assert view.settings.epoch == view.version.epoch
+
+
+def test_what_goes_while_another_process_makes_a_version_is_gone_from_the_view(tmp_path):
+    with large(tmp_path) as index:
+        index.search(PROMPTS)
+        pool = Interrupted(index.catalog.path, index.folder)
+
+        def other():
+            index.remove(card(0).name)
+            database = Database.open(index.catalog.path)
+            make_version(database, index.folder)
+            database.close()
+
+        pool.between = other
+        assert len(pool.current()) == 29
+        pool.close()
+
+
+def test_a_snapshot_is_never_of_two_epochs(tmp_path):
+    with make_index(tmp_path / "small", range(8), exact_limit=100) as index:
+        index.search(PROMPTS)
+        previous = index._snapshot
+        catalog = index.catalog
+
+        class Late(Catalog):
+            def reading(self):
+                if self.settings.epoch == 0:
+                    reembed(catalog, TURNED)
+                return super().reading()
+
+        taken = snapshot.take_snapshot(Late(catalog.database), index.folder / "vectors.faiss", previous)
+        assert taken.settings.epoch == 1
+        for entry, group in zip(taken.entries, taken.examples, strict=True):
+            np.testing.assert_array_equal(group, catalog.embeddings(entry.id))
+
+
+def test_an_index_that_was_large_can_be_emptied_and_embedded_anew(tmp_path):
+    with large(tmp_path, range(8)) as index:
+        index.search(PROMPTS)
+        for seed in range(8):
+            index.remove(card(seed).name)
+        index._embedder = TURNED
+        index.rebuild()
+        assert index.search(PROMPTS).cards == ()
+
+
+def test_closing_while_the_next_version_is_just_done_is_fine(tmp_path):
+    class Ending(LargePool):
+        """Its worker ends between two looks at it."""
+
+        looks = 0
+
+        @property
+        def _worker(self):
+            self.looks += 1
+            return self.thread if self.looks == 1 else None
+
+        @_worker.setter
+        def _worker(self, worker):
+            self.looks = 0
+            self.thread = worker
+
+    with large(tmp_path) as index:
+        pool = Ending(index.catalog.path, index.folder)
+        pool._worker = threading.Thread(target=lambda: None)
+        pool.thread.start()
+        pool.close()
+
+
+@pytest.mark.parametrize(
+    "broken", [b"\0" * 12, np.full(48, np.nan, dtype="<f4").tobytes()], ids=["too short", "not finite"]
+)
+def test_removing_an_adapter_of_broken_embeddings_leaves_a_pool_that_can_be_searched(tmp_path, broken):
+    with large(tmp_path) as index:
+        index.search(PROMPTS)
+        index.catalog.database.execute(
+            "UPDATE examples SET embedding = ? WHERE adapter = (SELECT id FROM adapters WHERE name = ?)",
+            broken,
+            card(3).name,
+        )
+        index.remove(card(3).name)
+        found = index.search(PROMPTS, 30)
+        assert len(found.names) == 29
+        assert np.isfinite(found.scores.numpy()).all()
+
+
+def test_a_narrow_filter_ranks_by_all_channels_in_a_large_pool_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "_EXAMPLES", 60)
+    keep = {card(seed).name for seed in range(0, 120, 12)}
+    prompts = [texts(seed, 1)[0] for seed in range(1000, 1040)]
+    with large(tmp_path, range(120)) as one, make_index(tmp_path / "small", range(120), exact_limit=1000) as other:
+        mine, expected = (index.search(prompts, 1, where=lambda found: found.name in keep) for index in (one, other))
+    for row in range(len(prompts)):
+        assert mine.for_prompt(row)[0].card == expected.for_prompt(row)[0].card

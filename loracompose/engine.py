@@ -242,13 +242,16 @@ class Engine:
         if isinstance(composer, str) and router is not None and router.method == composer:
             return get_composer(composer, router)
         try:
-            return get_composer(composer)
+            chosen = get_composer(composer)
         except ValueError as error:  # it has learned nothing here
             held = "has no router" if router is None else f"has a router of {router.method!r}"
             raise ValueError(
                 f"{error}. This engine {held}: make one with Engine.from_pretrained(..., composer={composer!r}, "
                 "router=FOLDER), or pass the composer itself with its router"
             ) from None
+        if (learned := router_of(chosen)) is not None and learned is not router:
+            check_router(learned, self.base, None)  # its adapters may be given by hand: each request checks them
+        return chosen
 
     def _rows(
         self,

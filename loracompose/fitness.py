@@ -17,9 +17,8 @@ def check_router(router: Router, base: BaseModel, index: AdapterIndex | None) ->
         ValueError: it was trained on a base of other layers or width.
         LookupError: the index has no adapter of the content that it was trained for.
     """
-    config = base.model.config.get_text_config()
-    trained, here = router.training.get("base"), {"hidden": config.hidden_size, "layers": config.num_hidden_layers}
-    if trained is not None and dict(trained) != here:
+    trained, here = router.training.get("base"), base_size(base)
+    if isinstance(trained, dict) and trained != here:  # a record without sizes says nothing
         raise ValueError(
             f"{router!r} was trained on {router.base_model!r} ({_size(trained)}); this base is {base.name!r} "
             f"({_size(here)}): train a router for it"
@@ -36,6 +35,12 @@ def check_router(router: Router, base: BaseModel, index: AdapterIndex | None) ->
             f"{router!r} was trained for the adapter {gone[0].name!r} (fingerprint {gone[0].fingerprint[:12]}), which "
             f"the index does not have: {changed}{more}. Add it to the index, or train the router again"
         )
+
+
+def base_size(base: BaseModel) -> dict[str, int]:
+    """What the record of a router keeps of the base it was trained on, for `check_router`."""
+    config = base.model.config.get_text_config()
+    return {"hidden": int(config.hidden_size), "layers": int(config.num_hidden_layers)}
 
 
 def _size(base: dict[str, int]) -> str:

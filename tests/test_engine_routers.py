@@ -127,6 +127,13 @@ def test_a_router_of_another_base_is_refused_and_another_name_alone_is_noted(hom
     assert any("lora_flow router names the base 'somebody/else'" in note for note in notes)
 
 
+def test_a_router_of_another_base_is_refused_in_a_call_as_well(engine, home):
+    router = load_router(home / "lora_flow")
+    deeper = replace(router, training={**router.training, "base": {"hidden": 32, "layers": 3}})
+    with pytest.raises(ValueError, match=r"\(3 layers of width 32\); this base is"):
+        engine.generate(PROMPTS[:1], max_new_tokens=1, composer=LoraFlow(deeper))
+
+
 def test_a_router_of_wrong_shapes_is_refused_by_name_before_anything_runs(engine, home, tmp_path):
     router = load_router(home / "lora_flow")
     name = "model.layers.0.gate"

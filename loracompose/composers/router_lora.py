@@ -29,9 +29,9 @@ class RouterPair:
     B: Tensor
 
     def key(self, directions: Tensor) -> Tensor:
-        """Bᵀ v / √q for columns v (d_out, R) of an output space, (q, R), in float32 or better."""
+        """Bᵀ v / √q for columns v (d_out, R) of an output space, (q, R), in float32 or better, where v is."""
         dtype = working_dtype(directions, self.B)
-        key: Tensor = self.B.to(dtype).mT @ directions.to(dtype) / self.B.shape[1] ** 0.5
+        key: Tensor = self.B.to(directions.device, dtype).mT @ directions.to(dtype) / self.B.shape[1] ** 0.5
         return key
 
 

@@ -38,7 +38,13 @@ class GateContext:
     def valid(self, seq: int) -> Tensor | None:
         """Which of the `seq` tokens of this call are real, (batch, seq) bool; None if all are."""
         mask = self.attention_mask
-        return None if mask is None or mask.ndim != 2 else mask[:, -seq:] != 0
+        if mask is None or mask.ndim == 2:
+            return None if mask is None else mask[:, -seq:] != 0
+        # For a static cache `generate` makes it (batch, heads, queries, keys), True or 0 where a query reads a key,
+        # with room for the keys to come. A real token reads itself.
+        reads = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+        end = int(reads.flatten(0, 1).any(dim=0).nonzero().max()) + 1
+        return reads.diagonal(offset=end - seq, dim1=1, dim2=2)[:, :seq]
 
     def prompt(self, seq: int) -> Tensor | None:
         """Which of the `seq` tokens of the first call belong to the prompt, (batch, seq) bool; None if all do."""

@@ -18,6 +18,7 @@ from loracompose import __version__
 from loracompose.composers import COMPOSERS
 from loracompose.composers.base import LearnedComposer, Pool
 from loracompose.composition.router import Router, save_router
+from loracompose.fitness import base_size
 from loracompose.models import DEFAULT_BASE, BaseModel, load_base
 from loracompose.training.batches import steps_per_epoch
 from loracompose.training.loop import Step
@@ -231,7 +232,7 @@ def _record(
     packages = ("torch", "transformers")
     return {
         "recipe": asdict(recipe),
-        "base": {"hidden": pool.hidden, "layers": int(base.model.config.get_text_config().num_hidden_layers)},
+        "base": base_size(base),
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": base.device.type,
         "pool": [asdict(adapter) for adapter in pool.adapters],

@@ -17,6 +17,7 @@ from typing import Any
 from loracompose import __version__
 from loracompose.adapters.checkpoint import load_adapter
 from loracompose.composition.router import RouterAdapter, save_router
+from loracompose.fitness import base_size
 from loracompose.models import DEFAULT_BASE, BaseModel, load_base
 from loracompose.training.adapter import CardText, Rows, seeded, with_lora
 from loracompose.training.batches import steps_per_epoch
@@ -149,7 +150,7 @@ def train_smora(
     record = _record(report, recipe, settings, loaded, done)
     write_folder(model, target, _card(card or CardText(), rows), record)
     own = RouterAdapter(load_adapter(target).fingerprint, target.name)
-    save_router(ranks.router(own, {**record, "load": ranks.log.record()}), gates)
+    save_router(ranks.router(own, {**record, "base": base_size(loaded), "load": ranks.log.record()}), gates)
     shutil.rmtree(partial, ignore_errors=True)
     return report
 

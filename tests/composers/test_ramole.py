@@ -12,6 +12,7 @@ from torch import Tensor
 from loracompose.adapters.lora import Adapter, LoraFactors
 from loracompose.composers.base import Pool
 from loracompose.composers.ramole import Ramole
+from loracompose.composers.router_lora import RouterPair
 from loracompose.composition.bank import gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.router import Router
@@ -169,3 +170,8 @@ def test_a_router_of_wrong_shape_another_method_or_an_unknown_setting_is_refused
         Ramole.initial(Pool("base", 12, ("a0", "a1"), gather_banks(adapters)), 0, {"ranks": 2})
     with pytest.raises(ValueError, match="elsewhere must be one of refuse, untrained, got 'skip'"):
         Ramole(router, elsewhere="skip")
+
+
+def test_keys_are_made_where_the_adapters_lie_wherever_the_router_was_read_to():
+    pair = RouterPair(torch.ones(2, 4), torch.ones(3, 2))
+    assert pair.key(torch.ones(3, 5, device="meta")).device.type == "meta"

@@ -182,3 +182,13 @@ def test_a_gated_delta_with_ranks_of_each_row_is_refused():
     plain = random_delta(weights=torch.ones(2, 5).double())
     with pytest.raises(ValueError, match="shares its ranks"):
         LowRankDelta(plain.A.expand(2, 5, 12), plain.B.expand(2, 9, 5), plain.weights, Recorder())
+
+
+def test_padding_is_told_from_prompts_with_a_static_cache_too():
+    gate, inputs = Recorder(), laws.padded(laws.prompts((5, 2)))
+    with attach(laws.base("llama"), gated("llama", (gate,), rows=2)), torch.no_grad():
+        laws.base("llama").generate(**inputs, max_new_tokens=2, do_sample=False, cache_implementation="static")
+    prefill, step = gate.seen
+    assert prefill.attention_mask.ndim == 4
+    assert torch.equal(prefill.valid(5), inputs["attention_mask"] != 0)
+    assert step.valid(1).all()

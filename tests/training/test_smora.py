@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from loracompose import Engine
 from loracompose.adapters.checkpoint import load_adapter
 from loracompose.adapters.lora import Adapter, LoraFactors
 from loracompose.cli import app
@@ -70,6 +71,15 @@ def test_the_loss_falls_and_factors_router_and_biases_all_move(train, tmp_path):
     train(tmp_path / "start", recipe=replace(recipe, steps=1, learning_rate=1e-12))
     done, start = tensors(tmp_path / "a"), tensors(tmp_path / "start")
     assert all(not torch.allclose(done[key].float(), start[key].float(), atol=1e-3) for key in done)
+
+
+def test_an_engine_runs_the_router_as_it_was_written(train, base, tmp_path):
+    train(tmp_path / "a", recipe=replace(RECIPE, steps=1))
+    router = tmp_path / "a.router"
+    assert load_router(router).training["base"] == {"hidden": 32, "layers": 2}
+    with Engine.from_pretrained(base, composer="smora", router=router, device="cpu") as engine:
+        answer = engine.generate("say yes 1", adapters=[[tmp_path / "a"]], max_new_tokens=2)[0]
+    assert answer.composer == repr(Smora(load_router(router)))
 
 
 @pytest.mark.parametrize("stop", [1, 4, 8])

@@ -107,10 +107,21 @@ def test_the_snippets_of_the_readme_run_and_print_what_they_show(tmp_path, monke
     assert (tmp_path / "merged" / "recipe.json").is_file()
 
 
+def script(name):
+    source = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_learned_methods_are_made_from_their_results():
+    learned_report = script("learned_report")
+    text = learned_report.DOCUMENT.read_text(encoding="utf-8")
+    assert learned_report.BEGIN + learned_report.report() + learned_report.END in text
+
+
 def test_the_table_of_the_lego_ablation_is_made_from_its_results():
-    source = importlib.util.spec_from_file_location("lego_units", ROOT / "benchmarks" / "lego_units.py")
-    lego_units = importlib.util.module_from_spec(source)
-    source.loader.exec_module(lego_units)
+    lego_units = script("lego_units")
     results = json.loads((ROOT / "benchmarks" / "results" / "lego_units.json").read_text(encoding="utf-8"))
     assert lego_units.report(results) in (ROOT / "docs" / "lego_units.md").read_text(encoding="utf-8")
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from loracompose.composers import Composer
+
 OURS = ("inputs", "input_ids", "attention_mask", "streamer", "return_dict_in_generate")
 LENGTHS = ("max_length", "generation_config")
 
@@ -36,3 +38,17 @@ def decoding_settings(
     if "stop_strings" in given:
         settings["tokenizer"] = tokenizer
     return {**settings, **given}
+
+
+def check_prefill(composer: Composer, settings: Mapping[str, Any]) -> None:
+    """Refuse to split prompts where the composer decides on the whole of each.
+
+    Raises:
+        ValueError: the prompts would reach it in pieces.
+    """
+    size = settings.get("prefill_chunk_size") or getattr(settings.get("generation_config"), "prefill_chunk_size", None)
+    if size and composer.scope == "prompt":
+        raise ValueError(
+            f"composer {composer.name!r} decides once on the whole prompt, so prompts cannot be read in pieces of "
+            f"{size} tokens: leave prefill_chunk_size out"
+        )

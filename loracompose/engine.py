@@ -19,7 +19,7 @@ from loracompose.adapters.store import AdapterStore
 from loracompose.composers import Composer, get_composer
 from loracompose.composers.base import router_of
 from loracompose.composition.router import Router, load_router
-from loracompose.decoding import decoding_settings
+from loracompose.decoding import check_prefill, decoding_settings
 from loracompose.fitness import check_router
 from loracompose.lookup import look_up
 from loracompose.membership import AdapterSet, Row, from_hand, from_retrieval
@@ -186,6 +186,7 @@ class Engine:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs)
         chosen = self._chosen(composer)
+        check_prefill(chosen, settings)
         rows, seconds = self._rows(asked, adapters, k, exclude, where)
         answers: list[Generation] = []
         starts = range(0, len(asked), size)
@@ -224,6 +225,7 @@ class Engine:
         sets = None if adapters is None else [adapters]
         rows, seconds = self._rows([prompt], sets, k, None if exclude is None else [exclude], where)
         chosen = self._chosen(composer)
+        check_prefill(chosen, settings)
         request = self._prepare([prompt], rows, chosen, seconds)
         inputs = encode_prompts(self.base.tokenizer, [prompt]).to(self.base.device)
 

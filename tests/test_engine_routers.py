@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from loracompose import COMPOSERS, Adapter, AdapterIndex, Engine, LoraFactors, load_adapter
 from loracompose.composers.base import Pool
@@ -173,3 +173,15 @@ def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it(home, 
         batch = engine.generate(["x y"] * 3, adapters=[[evil], [sql], []], composer=composer, **settings)
         clean = engine.generate(["x y"] * 2, adapters=[[sql], []], composer=composer, **settings)
     assert texts(batch)[1:] == texts(clean)
+
+
+@pytest.mark.parametrize(
+    "given", [{"prefill_chunk_size": 2}, {"generation_config": GenerationConfig(prefill_chunk_size=2)}]
+)
+def test_prompts_are_not_split_for_a_composer_that_decides_on_the_whole_prompt(engine, given):
+    kind = COMPOSERS["mole"]
+    adapters = [load_adapter(engine.index.path(card.name)) for card in engine.index.cards]
+    ordered = [adapters[i] for i in content_order(adapters)]
+    pool = Pool("base", 16, tuple(a.name for a in ordered), gather_banks(ordered))
+    with pytest.raises(ValueError, match=r"'mole' decides once on the whole prompt.* pieces of 2 tokens"):
+        engine.generate(PROMPTS, composer=kind(kind.initial(pool, 0, {})), max_new_tokens=None, **given)

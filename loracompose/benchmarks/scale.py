@@ -45,6 +45,7 @@ from loracompose.retrieval.placement import CATALOG_FILE
 from loracompose.retrieval.scale.making import best_of
 from loracompose.retrieval.scale.sized import derive
 from loracompose.retrieval.scale.view import View
+from loracompose.retrieval.segments import closing, opening
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 EXAMPLES = 4
@@ -148,7 +149,7 @@ def search_pool(plan: Plan) -> dict[str, Any]:
     """Open a pool, search it, change it, and search it again."""
     with np.load(plan.queries) as stored:
         vectors, texts, owners = stored["vectors"], stored["texts"].tolist(), stored["owners"].tolist()
-    embedder = _Given(vectors, texts)
+    embedder = Given(vectors, texts)
     catalog = Catalog.open(plan.folder / CATALOG_FILE)
     before = _status_mib()
     start = time.perf_counter()
@@ -189,15 +190,17 @@ def exact_rows(view: View, queries: Singles, count: int) -> NDArray[np.int64]:
     return np.asarray(np.take_along_axis(ids, np.argsort(-best, axis=1), axis=1))
 
 
-class _Given:
-    """An embedder that knows the texts already."""
+class Given:
+    """An embedder that knows the views of the texts already; where two texts share an edge, the last one's counts."""
 
-    def __init__(self, vectors: Singles, texts: Sequence[str]) -> None:
-        plain, under = np.split(vectors, 2, axis=1)
-        self.known = dict(zip(texts, plain, strict=True))
-        self.known |= {INSTRUCTION + text: row for text, row in zip(texts, under, strict=True)}
+    def __init__(self, features: Singles, texts: Sequence[str]) -> None:
+        views = (lambda text: text, lambda text: INSTRUCTION + text, opening, closing)
+        self.known: dict[str, Singles] = {}
+        for view, rows in reversed(list(zip(views, np.split(features, len(views), axis=1), strict=True))):
+            self.known |= {view(text): row for text, row in zip(texts, rows, strict=True)}
 
     def __call__(self, texts: list[str]) -> Singles:
+        """Their vectors, (len(texts), dimension)."""
         return np.stack([self.known[text] for text in texts])
 
 
@@ -238,7 +241,7 @@ def _changes(index: AdapterIndex, profiles: Profiles, folder: Path) -> dict[str,
     adding, after_add, removing, after_remove = [], [], [], []
     for row in range(_CHANGES):
         new = _adapter_folder(made / f"added-{row}", drawn.texts[row])
-        known = _Given(drawn.embeddings[row], drawn.texts[row])
+        known = Given(drawn.embeddings[row], drawn.texts[row])
         index.embedder.function.known |= known.known  # type: ignore[attr-defined]
         adding.append(_milliseconds(partial(index.add, new)))
         after_add.append(_milliseconds(partial(index.search, [drawn.texts[row][0]])))

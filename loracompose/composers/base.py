@@ -104,6 +104,23 @@ def router_of(composer: Composer) -> Router | None:
     return router if isinstance(router, Router) else None
 
 
+class GradientTrained:
+    """A learned composer's defaults: gradients of the language model's loss are all that changes it."""
+
+    @property
+    def untrained(self) -> frozenset[str]:
+        """Gradients reach every tensor."""
+        return frozenset()
+
+    def auxiliary_loss(self, scratch: Mapping[str, Tensor]) -> Tensor | None:
+        """The language model's loss is all there is."""
+        return None
+
+    def after_step(self, scratch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Nothing changes but by gradients."""
+        return {}
+
+
 @dataclass(frozen=True, eq=False)
 class Pool:
     """What a router is trained with.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loracompose.composers.base import Pool, Scope
+from loracompose.composers.base import GradientTrained, Pool, Scope
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import masked_softmax
@@ -21,7 +21,7 @@ DEFAULTS: Mapping[str, Any] = {"spread": 1.0}
 
 
 @dataclass(frozen=True)
-class Cat:
+class Cat(GradientTrained):
     """y = W x + Σ_i softmax(a)_i B_i A_i x with a (K,) learned for every module.
 
     The ranks of the adapters are concatenated, not summed factor by factor, so there are no cross terms; the weights
@@ -68,19 +68,6 @@ class Cat:
             for module in sorted(pool.banks)
         }
         return Router(cls.name, chosen, tensors, pool.base_model, pool.adapters)
-
-    @property
-    def untrained(self) -> frozenset[str]:
-        """None: gradients reach every tensor."""
-        return frozenset()
-
-    def auxiliary_loss(self, scratch: Mapping[str, Tensor]) -> Tensor | None:
-        """None: the paper has no other loss."""
-        return None
-
-    def after_step(self, scratch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Nothing."""
-        return {}
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Every rank as it is, at its adapter's weight in the module.

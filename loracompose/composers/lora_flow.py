@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loracompose.composers.base import Pool, Scope
+from loracompose.composers.base import GradientTrained, Pool, Scope
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext, masked_softmax, once
@@ -22,7 +22,7 @@ DEFAULTS: Mapping[str, Any] = {"task": None, "temperature": 1.0}
 
 
 @dataclass(frozen=True)
-class LoraFlow:
+class LoraFlow(GradientTrained):
     """y = W x + Σ_i w_i B_i A_i x with w = softmax(W_gate h / T) + b, one gate for all modules of a layer.
 
     h is the layer's input at that token, before its norm; W_gate (K, hidden) and b (K,) are the layer's own. The bias
@@ -83,19 +83,6 @@ class LoraFlow:
         for layer in sorted({layer_of(module) for module in pool.banks} - {""}):
             tensors[f"{layer}.gate"], tensors[f"{layer}.bias"] = torch.zeros(K, pool.hidden), bias.clone()
         return Router(cls.name, {**chosen, "hidden": pool.hidden}, tensors, pool.base_model, pool.adapters)
-
-    @property
-    def untrained(self) -> frozenset[str]:
-        """None: gradients reach every tensor."""
-        return frozenset()
-
-    def auxiliary_loss(self, scratch: Mapping[str, Tensor]) -> Tensor | None:
-        """None: the paper has no other loss."""
-        return None
-
-    def after_step(self, scratch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Nothing."""
-        return {}
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Every rank as it is, gated by its adapter's share of the token.

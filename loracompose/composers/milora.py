@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loracompose.composers.base import Pool, Scope
+from loracompose.composers.base import GradientTrained, Pool, Scope
 from loracompose.composers.milora_gate import KEY, LayerRouter, MiloraGate, balance_loss, noted
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
@@ -28,7 +28,7 @@ SCALE = 0.01  # standard deviation of the initial experts' vectors
 
 
 @dataclass(frozen=True)
-class Milora:
+class Milora(GradientTrained):
     """p = softmax(W_r g(pool(H))) over the experts of a layer, H the prompt's hidden states entering the layer.
 
     Once per prompt, before its first new token, every layer keeps the top k experts; the choice holds for all later
@@ -105,19 +105,10 @@ class Milora:
         found = {"hidden": pool.hidden, "modules": layers}
         return Router(cls.name, {**chosen, **found}, tensors, pool.base_model, pool.adapters)
 
-    @property
-    def untrained(self) -> frozenset[str]:
-        """Gradients reach every tensor."""
-        return frozenset()
-
     def auxiliary_loss(self, scratch: Mapping[str, Tensor]) -> Tensor | None:
         """The balance loss, from the probabilities that the layers noted."""
         losses = [balance_loss(probabilities, candidates) for probabilities, candidates in noted(scratch)]
         return torch.stack(losses).mean() * self.router.settings["balance"] if losses else None
-
-    def after_step(self, scratch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Nothing changes but by gradients."""
-        return {}
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Every rank as it is, gated by what its layer chose for the prompt."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loracompose.composers.base import Pool, Scope
+from loracompose.composers.base import GradientTrained, Pool, Scope
 from loracompose.composers.mole_gate import Judge, MoleGate, balance_loss, noted
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
@@ -24,7 +24,7 @@ SCALE = 0.01  # standard deviation of the initial weights, as in the authors' co
 
 
 @dataclass(frozen=True)
-class Mole:
+class Mole(GradientTrained):
     """y = W x + Σ_i G_i B_i A_i x with G = softmax(ε / τ), one gate for the modules of a group.
 
     ε = e · [Ê_0; ...; Ê_{N-1}]: the input of a gate is what each adapter would add at the gate's site, averaged over
@@ -93,19 +93,10 @@ class Mole:
             tensors[f"{group}.log_temperature"] = torch.zeros(())
         return Router(cls.name, {**chosen, "sites": sites}, tensors, pool.base_model, pool.adapters)
 
-    @property
-    def untrained(self) -> frozenset[str]:
-        """Gradients reach every tensor."""
-        return frozenset()
-
     def auxiliary_loss(self, scratch: Mapping[str, Tensor]) -> Tensor | None:
         """The balancing loss, from the shares that the gates noted."""
         found = noted(scratch)
         return None if found is None else balance_loss(*found) * float(self.router.settings["balance"])
-
-    def after_step(self, scratch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Nothing changes but by gradients."""
-        return {}
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Every rank as it is, gated by its adapter's share of the prompt."""

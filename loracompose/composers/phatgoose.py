@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loracompose.composers.base import Pool, Scope
+from loracompose.composers.base import GradientTrained, Pool, Scope
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext, masked_softmax
@@ -21,7 +21,7 @@ Phase = Literal["routing", "training"]
 
 
 @dataclass(frozen=True)
-class Phatgoose:
+class Phatgoose(GradientTrained):
     """y = W x + Σ_i p_i B_i A_i x with p = softmax over the top k of ⟨LN(x), LN(v_i)⟩ / √d, LN without scale or shift.
 
     The gate vector v_i (d_in,) of adapter i in a module is trained after the adapter, for the adapter alone and on its
@@ -72,19 +72,6 @@ class Phatgoose:
     def training(cls, router: Router) -> Phatgoose:
         """What a trainer runs in place of the class."""
         return cls(router, phase="training")
-
-    @property
-    def untrained(self) -> frozenset[str]:
-        """Gradients reach every tensor."""
-        return frozenset()
-
-    def auxiliary_loss(self, scratch: Mapping[str, Tensor]) -> Tensor | None:
-        """The language model's loss is all there is."""
-        return None
-
-    def after_step(self, scratch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Nothing changes but by gradients."""
-        return {}
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Every rank as it is, gated by how well its adapter's vector fits the token.

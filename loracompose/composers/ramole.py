@@ -9,14 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loracompose.composers.base import Pool, Scope
+from loracompose.composers.base import GradientTrained, Pool, Scope
 from loracompose.composers.router_lora import (
     Elsewhere,
     RouterPair,
     check_elsewhere,
-    check_router,
     draw_pairs,
-    fill_settings,
     find_pair,
 )
 from loracompose.composition.bank import RankBank
@@ -24,13 +22,13 @@ from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext, masked_softmax
 from loracompose.composition.linalg import working_dtype
 from loracompose.composition.router import Router
-from loracompose.composition.settings import check_count
+from loracompose.composition.settings import check_count, check_router, filled
 
 DEFAULTS: Mapping[str, Any] = {"rank": 8}
 
 
 @dataclass(frozen=True)
-class Ramole:
+class Ramole(GradientTrained):
     """y = W x + Σ_i α_i v_i with v_i = ΔW_i x and α = softmax over the row's adapters of ⟨A_r x, B_rᵀ v_i⟩ / √r.
 
     The RouterLoRA (A_r, B_r) of a module is shared by all adapters: it looks at what an adapter would add, not at
@@ -68,29 +66,16 @@ class Ramole:
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_router("Ramole", self.router, self.name)
+        check_router("Ramole", self.name, self.router)
         check_elsewhere("Ramole", self.elsewhere)
 
     @classmethod
     def initial(cls, pool: Pool, seed: int, settings: Mapping[str, Any]) -> Router:
         """A router whose shares are uniform; settings: "rank", 8 by default."""
-        chosen = fill_settings("ramole", settings, DEFAULTS)
+        chosen = filled("Ramole", settings, DEFAULTS)
         check_count("ramole", "rank", chosen["rank"])
         tensors = draw_pairs(pool.banks, chosen["rank"], seed)
         return Router(cls.name, chosen, tensors, pool.base_model)
-
-    @property
-    def untrained(self) -> frozenset[str]:
-        """Gradients reach every tensor."""
-        return frozenset()
-
-    def auxiliary_loss(self, scratch: Mapping[str, Tensor]) -> Tensor | None:
-        """The language model's loss is all there is."""
-        return None
-
-    def after_step(self, scratch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Nothing changes but by gradients."""
-        return {}
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Every rank as it is, gated by its adapter's share of the token."""

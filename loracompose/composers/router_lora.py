@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from loracompose.composition.bank import RankBank
 from loracompose.composition.linalg import working_dtype
 from loracompose.composition.router import Router
+from loracompose.composition.settings import check_choice
 
 Elsewhere = Literal["refuse", "untrained"]
 
@@ -83,22 +84,4 @@ def find_pair(router: Router, bank: RankBank, used: bool, elsewhere: Elsewhere) 
 
 def check_elsewhere(owner: str, value: object) -> None:
     """Raise a ValueError unless the value is one of `Elsewhere`."""
-    if value not in get_args(Elsewhere):
-        raise ValueError(f"{owner}: elsewhere must be one of {', '.join(get_args(Elsewhere))}, got {value!r}")
-
-
-def check_router(owner: str, router: object, method: str) -> None:
-    """Raise a ValueError unless this is a router of the method."""
-    if not isinstance(router, Router) or router.method != method:
-        raise ValueError(f"{owner}: router must be a {method} router, got {router!r}")
-
-
-def fill_settings(owner: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults with what was given instead.
-
-    Raises:
-        ValueError: a name that is no setting.
-    """
-    if unknown := sorted(set(given) - set(defaults)):
-        raise ValueError(f"{owner} has no setting {unknown[0]!r}; it has {', '.join(sorted(defaults))}")
-    return {**defaults, **given}
+    check_choice(owner, "elsewhere", value, get_args(Elsewhere))

@@ -9,13 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from loracompose.composers.base import Pool, Scope
+from loracompose.composers.base import GradientTrained, Pool, Scope
 from loracompose.composers.router_lora import (
     Elsewhere,
     check_elsewhere,
-    check_router,
     draw_pairs,
-    fill_settings,
     find_pair,
 )
 from loracompose.composers.smora_gates import LOAD, BlockGate, PoolGate
@@ -23,7 +21,7 @@ from loracompose.composition.bank import RankBank
 from loracompose.composition.canonical import canonical_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.router import Router
-from loracompose.composition.settings import check_count, is_finite
+from loracompose.composition.settings import check_count, check_router, filled, is_finite
 
 Form = Literal["pool", "adapter"]
 FORMS: Mapping[str, Mapping[str, Any]] = {
@@ -40,7 +38,7 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Smora:
+class Smora(GradientTrained):
     """y = W x + Σ_{i in top k} g_i(x) (a_i·x) b_i: of all ranks, the k that a learned router scores highest.
 
     Form "adapter" is the paper's: the router belongs to the one adapter it was trained with, by fingerprint, and any
@@ -96,7 +94,7 @@ class Smora:
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_router("Smora", self.router, self.name)
+        check_router("Smora", self.name, self.router)
         check_count("Smora", "active", self.active, optional=True)
         check_elsewhere("Smora", self.elsewhere)
         _check_settings(dict(self.router.settings), self._active)
@@ -108,7 +106,7 @@ class Smora:
     @classmethod
     def initial(cls, pool: Pool, seed: int, settings: Mapping[str, Any]) -> Router:
         """The router before the first step: form "pool" by default, form "adapter" for a pool of one adapter."""
-        chosen = fill_settings("smora", settings, FORMS[_form(settings)])
+        chosen = filled("Smora", settings, FORMS[_form(settings)])
         _check_settings(chosen, chosen["active"])
         if chosen["form"] == "pool":
             return Router(cls.name, chosen, draw_pairs(pool.banks, chosen["rank"], seed), pool.base_model)
@@ -121,10 +119,6 @@ class Smora:
     def untrained(self) -> frozenset[str]:
         """The biases that balance the load."""
         return frozenset(name for name in self.router.tensors if name.endswith(".bias"))
-
-    def auxiliary_loss(self, scratch: Mapping[str, Tensor]) -> Tensor | None:
-        """Balancing is free of a loss."""
-        return None
 
     def after_step(self, scratch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Biases a step of u towards an equal load: up where a block had less than the mean, down where more."""

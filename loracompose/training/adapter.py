@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 
 from loracompose import __version__
 from loracompose.models import DEFAULT_BASE, BaseModel, load_base
@@ -24,6 +22,7 @@ from loracompose.training.batches import steps_per_epoch
 from loracompose.training.beam import BeamEvent, BeamLora
 from loracompose.training.data import Example, encode_examples, first_prompts, read_examples
 from loracompose.training.loop import Step, run_steps
+from loracompose.training.progress import progress_bar, tell_all
 from loracompose.training.recipe import Recipe
 from loracompose.training.writing import write_folder
 
@@ -125,7 +124,7 @@ def train_adapter(
             dev=dev_examples,
             checkpoint=partial / "checkpoint.pt",
             identity=_identity(recipe, loaded, rows, dev_rows),
-            on_step=_observers(on_step, stack.enter_context(_bar(target.name)) if progress else None),
+            on_step=tell_all(stack.enter_context(progress_bar(target.name)) if progress else None, on_step),
             method=beam,
         )
     if beam is not None:
@@ -180,30 +179,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _bar(name: str) -> Iterator[Callable[[Step], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with ProgressBar(*columns) as bar:
-        task = bar.add_task(name)
-
-        def show(step: Step) -> None:
-            described = f"{name}  loss {step.loss:.3f}"
-            if step.dev_loss is not None:
-                described += f"  dev {step.dev_loss:.3f}"
-            bar.update(task, total=step.total, completed=step.number, description=described)
-
-        yield show
-
-
-def _observers(*observers: Callable[[Step], None] | None) -> Callable[[Step], None]:
-    def tell(step: Step) -> None:
-        for observer in reversed(observers):  # the bar first: an observer of the caller may raise
-            if observer is not None:
-                observer(step)
-
-    return tell
 
 
 def _identity(recipe: Recipe, base: BaseModel, rows: Sequence[Example], dev_rows: Sequence[Example]) -> str:

@@ -164,9 +164,9 @@ def test_a_router_of_wrong_shape_another_method_or_an_unknown_setting_is_refused
     short = replace(router, tensors={**router.tensors, "m.B": torch.zeros(8, 3)})
     with pytest.raises(ValueError, match=r"'m.B' has shape \(8, 3\)"):
         composed(Ramole(short), adapters, [[1.0, 1.0]])
-    with pytest.raises(ValueError, match="Ramole: router must be a ramole router"):
+    with pytest.raises(ValueError, match="belongs to the composer 'smora', not to 'ramole'"):
         Ramole(replace(router, method="smora"))
-    with pytest.raises(ValueError, match="ramole has no setting 'ranks'"):
+    with pytest.raises(ValueError, match="Ramole has no setting ranks"):
         Ramole.initial(Pool("base", 12, ("a0", "a1"), gather_banks(adapters)), 0, {"ranks": 2})
     with pytest.raises(ValueError, match="elsewhere must be one of refuse, untrained, got 'skip'"):
         Ramole(router, elsewhere="skip")

@@ -314,7 +314,7 @@ def test_embeddings_are_left_at_their_weight(form: str):
 
 WRONG = [
     ({"form": "both"}, "form must be one of pool, adapter, got 'both'"),
-    ({"block": 2}, "smora has no setting 'block'"),
+    ({"block": 2}, "Smora has no setting block"),
     ({"form": "adapter", "block": 5, "active": 5}, "6 ranks, which must be a multiple of block = 5"),
     ({"form": "adapter", "active": 7}, "at least active = 7"),
     ({"form": "adapter", "active": 3, "block": 2}, "active must be a multiple of block = 2, got 3"),

@@ -39,24 +39,20 @@ def open_pool(adapters: Adapters, base: BaseModel) -> Iterator[LoadedPool]:
 
     Raises:
         FileNotFoundError: a folder that holds no adapter.
-        ValueError: no adapter, one that does not fit the base, two of one name, or one that stands twice.
+        ValueError: no adapter, one that does not fit the base, two of one name, one that stands twice, or one that
+            was changed since it was indexed.
     """
     if isinstance(adapters, str | Path) and (Path(adapters) / CATALOG_FILE).is_file():
         with AdapterIndex.open(adapters) as index:
-            yield _load(named(index), index, base)
+            yield _load(indexed(index, base), index, base)
     elif isinstance(adapters, AdapterIndex):
-        yield _load(named(adapters), adapters, base)
+        yield _load(indexed(adapters, base), adapters, base)
     else:
-        yield _load(listed(adapters), None, base)
+        found = [a if isinstance(a, Adapter) else _read(a, base) for a in listed(adapters)]
+        yield _load(found, None, base)
 
 
-def _load(sources: Sequence[Path | Adapter], index: AdapterIndex | None, base: BaseModel) -> LoadedPool:
-    loaded = [
-        source
-        if isinstance(source, Adapter)
-        else load_adapter(source, base=base.model, dtype=torch.float32, device=base.device)
-        for source in sources
-    ]
+def _load(loaded: Sequence[Adapter], index: AdapterIndex | None, base: BaseModel) -> LoadedPool:
     check_distinct(loaded)
     ordered = [loaded[i].to(base.device, torch.float32) for i in content_order(loaded)]
     hidden = int(base.model.config.get_text_config().hidden_size)
@@ -64,9 +60,26 @@ def _load(sources: Sequence[Path | Adapter], index: AdapterIndex | None, base: B
     return LoadedPool(Pool(base.name, hidden, names, gather_banks(ordered)), index)
 
 
-def named(index: AdapterIndex) -> list[Path | Adapter]:
-    """The folders of an index's adapters."""
-    return [index.path(card.name) for card in index.cards]
+def _read(folder: Path, base: BaseModel, name: str | None = None) -> Adapter:
+    return load_adapter(folder, base=base.model, name=name, dtype=torch.float32, device=base.device)
+
+
+def indexed(index: AdapterIndex, base: BaseModel) -> list[Adapter]:
+    """The adapters of an index under the names it has for them.
+
+    Raises:
+        ValueError: a folder was changed since it was indexed, or an adapter does not fit the base.
+    """
+    loaded = []
+    for card in index.cards:
+        adapter = _read(index.path(card.name), base, card.name)
+        if adapter.fingerprint != card.fingerprint:
+            raise ValueError(
+                f"{index.path(card.name)} holds the adapter {adapter.fingerprint[:12]}, and the index knows "
+                f"{card.name!r} as {card.fingerprint[:12]}: it was changed since; tell the index with update(folder)"
+            )
+        loaded.append(adapter)
+    return loaded
 
 
 def listed(adapters: str | Path | Sequence[str | Path | Adapter]) -> list[Path | Adapter]:

@@ -10,7 +10,6 @@ from loracompose import __version__
 from loracompose.cli import benchmarks, composing, doctor, evaluating, indexing, training
 from loracompose.cli.errors import Commands
 from loracompose.cli.generating import generate
-from loracompose.cli.smora import smora
 
 
 def show_version(wanted: bool) -> None:
@@ -37,7 +36,6 @@ def main(
 
 
 app.add_typer(indexing.app, name="index")
-training.app.command()(smora)
 app.add_typer(training.app, name="train")
 app.add_typer(benchmarks.app, name="bench")
 app.add_typer(evaluating.app, name="eval")

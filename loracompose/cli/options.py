@@ -24,6 +24,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 
+# Of every training of factors or gates.
+Targets = Annotated[str, typer.Option(help="Adapted modules, by the ends of their names.")]
+Epochs = Annotated[float, typer.Option(help="Passes over the data.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")]
+BatchSize = Annotated[int, typer.Option(help="Examples per step.")]
+LearningRate = Annotated[float, typer.Option(help="Highest learning rate of AdamW.")]
+MaxLength = Annotated[int, typer.Option(help="Rows of more tokens are left out.")]
+EvalEvery = Annotated[int, typer.Option(help="Steps between dev losses; 0 measures it at the end.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")]
+
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -64,6 +74,11 @@ def parse_settings(settings: list[str] | None, known: Collection[str] | None, ow
             raise ValueError(f"--set {setting}: {has}write key=value")
         values[key] = parse_value(text)
     return values
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def parse_value(text: str) -> object:

@@ -32,18 +32,18 @@ def router(
     task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
     per_task: Annotated[int | None, typer.Option(help="At most so many rows of each task.")] = None,
     dev_per_task: Annotated[int | None, typer.Option(help="The same of the dev rows.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 1e-3,
+    epochs: options.Epochs = 1.0,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = 16,
+    learning_rate: options.LearningRate = 1e-3,
     warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 10,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
     auxiliary: Annotated[float, typer.Option(help="Factor of the method's own loss.")] = 1.0,
-    max_length: Annotated[int, typer.Option(help="Rows of more tokens are left out.")] = 512,
+    max_length: options.MaxLength = 512,
     seed: Annotated[int, typer.Option(help="Of the start, the order and the members.")] = 0,
-    eval_every: Annotated[int, typer.Option(help="Steps between dev losses; 0 measures it at the end.")] = 0,
+    eval_every: options.EvalEvery = 0,
     patience: Annotated[int, typer.Option(help="Dev losses without gain after which to stop; 0: never.")] = 0,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")] = False,
+    restart: options.Restart = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -91,14 +91,13 @@ def router(
         tables.show_json(as_values(report))
         return
     out = tables.console()
-    left = f", {report.left_out} longer than {max_length} tokens left out" if report.left_out else ""
     early = f" of {report.planned}" if report.steps < report.planned else ""
     out.print(
-        f"{output}: {report.steps} steps{early} on {report.examples} examples{left}, {report.parameters} parameters, "
-        f"{report.seconds:.0f} s"
+        f"{output}: {report.steps} steps{early} on {tables.examples_told(report, max_length)}, "
+        f"{report.parameters} parameters, {report.seconds:.0f} s"
     )
-    dev_loss = "" if report.dev_loss is None else f", dev loss {report.dev_loss:.3f} at step {report.best_step}"
-    out.print(f"loss {report.losses[0]:.3f} → {report.losses[-1]:.3f}{dev_loss}")
+    best = "" if report.dev_loss is None else f" at step {report.best_step}"
+    out.print(tables.losses_told(report) + best)
 
 
 def as_values(report: RouterReport) -> dict[str, object]:

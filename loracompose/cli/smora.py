@@ -25,16 +25,16 @@ def smora(
     normalised: Annotated[bool, typer.Option(help="Scale the gates of a token to a fixed sum.")] = True,
     balance: Annotated[float | None, typer.Option(help="u, balancing step; 0.5 / steps if not given.")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha; twice k if not given.")] = None,
-    targets: Annotated[str, typer.Option(help="Adapted modules, by the ends of their names.")] = "q_proj,v_proj",
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 2e-3,
-    max_length: Annotated[int, typer.Option(help="Rows of more tokens are left out.")] = 512,
+    targets: options.Targets = "q_proj,v_proj",
+    epochs: options.Epochs = 1.0,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = 16,
+    learning_rate: options.LearningRate = 2e-3,
+    max_length: options.MaxLength = 512,
     seed: Annotated[int, typer.Option(help="Of factors, router and order.")] = 0,
-    eval_every: Annotated[int, typer.Option(help="Steps between dev losses; 0 measures it at the end.")] = 0,
+    eval_every: options.EvalEvery = 0,
     description: Annotated[str, typer.Option(help="For the card.")] = "",
-    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")] = False,
+    restart: options.Restart = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -54,7 +54,7 @@ def smora(
         recipe=Recipe(
             rank=rank,
             alpha=alpha,
-            target_modules=tuple(name.strip() for name in targets.split(",") if name.strip()),
+            target_modules=options.parse_targets(targets),
             epochs=epochs,
             steps=steps,
             batch_size=batch_size,
@@ -76,9 +76,9 @@ def smora(
         tables.show_json({**asdict(report), **folders, "dev_loss": report.dev_loss})
         return
     out = tables.console()
-    left = f", {report.left_out} longer than {max_length} tokens left out" if report.left_out else ""
-    out.print(f"{report.output}: {report.steps} steps on {report.examples} examples{left}, {report.seconds:.0f} s")
-    dev_loss = "" if report.dev_loss is None else f", dev loss {report.dev_loss:.3f}"
-    out.print(f"loss {report.losses[0]:.3f} → {report.losses[-1]:.3f}{dev_loss}")
+    out.print(
+        f"{report.output}: {report.steps} steps on {tables.examples_told(report, max_length)}, {report.seconds:.0f} s"
+    )
+    out.print(tables.losses_told(report))
     first, last = report.violation[0], report.violation[-1]
     out.print(f"fullest rank above the mean load by {first:.0%} → {last:.0%}; router in {report.router}")

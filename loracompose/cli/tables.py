@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 from rich import box
@@ -130,3 +130,28 @@ def crash_table(report: CrashReport) -> Table:
     made = table(f"{report.kills} kills, {report.operations} steps, {outcome}", heads, rows, right=(1, 2, 3))
     made.caption = "\n".join(escape(failure) for failure in report.failures)
     return made
+
+
+class Trained(Protocol):
+    """What every report of a training says."""
+
+    @property
+    def examples(self) -> int: ...  # noqa: D102
+    @property
+    def left_out(self) -> int: ...  # noqa: D102
+    @property
+    def losses(self) -> Sequence[float]: ...  # noqa: D102
+    @property
+    def dev_loss(self) -> float | None: ...  # noqa: D102
+
+
+def examples_told(report: Trained, max_length: int) -> str:
+    """How many examples a training saw, and how many were too long for it."""
+    left = f", {report.left_out} longer than {max_length} tokens left out" if report.left_out else ""
+    return f"{report.examples} examples{left}"
+
+
+def losses_told(report: Trained) -> str:
+    """The first and the last loss of a training, and the dev loss if there is one."""
+    dev_loss = "" if report.dev_loss is None else f", dev loss {report.dev_loss:.3f}"
+    return f"loss {report.losses[0]:.3f} → {report.losses[-1]:.3f}{dev_loss}"

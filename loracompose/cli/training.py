@@ -13,6 +13,7 @@ from loracompose.cli.errors import Commands
 from loracompose.cli.options import DEFAULT_BASE, DEFAULT_ENCODER
 from loracompose.cli.quiet import quiet_loading
 from loracompose.cli.router_training import router
+from loracompose.cli.smora import smora
 from loracompose.retrieval.encoder_recipe import EncoderRecipe
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ Method = Literal["lora", "beam"]
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Train what an index needs.")
 app.command()(router)
+app.command()(smora)
 
 
 @app.callback()
@@ -39,21 +41,21 @@ def adapter(
     method: Annotated[Method, typer.Option(help="lora, or beam: BeamLoRA, which regrows weak ranks.")] = "lora",
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of every factor.")] = 8,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha; twice the rank if not given.")] = None,
-    targets: Annotated[str, typer.Option(help="Adapted modules, by the ends of their names.")] = "q_proj,v_proj",
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 2e-3,
-    max_length: Annotated[int, typer.Option(help="Rows of more tokens are left out.")] = 512,
+    targets: options.Targets = "q_proj,v_proj",
+    epochs: options.Epochs = 1.0,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = 16,
+    learning_rate: options.LearningRate = 2e-3,
+    max_length: options.MaxLength = 512,
     seed: Annotated[int, typer.Option(help="Of factors, order and dropout.")] = 0,
-    eval_every: Annotated[int, typer.Option(help="Steps between dev losses; 0 measures it at the end.")] = 0,
+    eval_every: options.EvalEvery = 0,
     beam_threshold: Annotated[float | None, typer.Option(help="Importance kept at first; 0.95 if not given.")] = None,
     beam_period: Annotated[int | None, typer.Option(help="Steps between prunings; 8.1 % of all if not given.")] = None,
     beam_temperature: Annotated[float | None, typer.Option(help="Of the softmax over ranks.")] = None,
     description: Annotated[str, typer.Option(help="For the card.")] = "",
     tag: Annotated[list[str] | None, typer.Option(help="For the card; may be repeated.")] = None,
     license_name: Annotated[str, typer.Option("--license", help="For the card.")] = "",
-    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")] = False,
+    restart: options.Restart = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -66,7 +68,7 @@ def adapter(
     recipe = Recipe(
         rank=rank,
         alpha=alpha,
-        target_modules=tuple(name.strip() for name in targets.split(",") if name.strip()),
+        target_modules=options.parse_targets(targets),
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
@@ -93,13 +95,12 @@ def adapter(
         tables.show_json({**asdict(report), "output": str(report.output), "dev_loss": report.dev_loss})
         return
     out = tables.console()
-    left = f", {report.left_out} longer than {max_length} tokens left out" if report.left_out else ""
-    out.print(f"{output}: {report.steps} steps on {report.examples} examples{left}, {report.seconds:.0f} s")
-    dev_loss = "" if report.dev_loss is None else f", dev loss {report.dev_loss:.3f}"
+    seen = tables.examples_told(report, max_length)
+    out.print(f"{output}: {report.steps} steps on {seen}, {report.seconds:.0f} s")
     if report.events:
         pruned = ", ".join(f"{event.pruned} after step {event.step}" for event in report.events)
         out.print(f"ranks pruned and grown anew: {pruned}")
-    out.print(f"loss {report.losses[0]:.3f} → {report.losses[-1]:.3f}{dev_loss}")
+    out.print(tables.losses_told(report))
 
 
 def _beam_settings(
@@ -135,7 +136,7 @@ def retriever(
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to in training.")] = EncoderRecipe.max_length,
     views: Annotated[str, typer.Option(help="both, instructed or plain.")] = EncoderRecipe.views,
     seed: Annotated[int, typer.Option(help="Of the share, the pairs and dropout.")] = EncoderRecipe.seed,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run.")] = False,
+    restart: options.Restart = False,
     device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:

@@ -26,7 +26,7 @@ import torch
 from retrieval import hits, read_examples, read_rows, rounded
 
 from loracompose import Adapter, AdapterIndex, LoraFactors, __version__, save_adapter
-from loracompose.models import DEFAULT_ENCODER
+from loracompose.locating import DEFAULT_ENCODER
 from loracompose.retrieval.embedding import INSTRUCTION, SentenceTransformerEmbedder
 from loracompose.retrieval.encoder_recipe import EncoderRecipe
 from loracompose.retrieval.finetuning import train_retriever

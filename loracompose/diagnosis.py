@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 
-from loracompose.models import DEFAULT_BASE, DEFAULT_ENCODER, pick_device, pick_dtype, resolve_base, resolve_encoder
+from loracompose.devices import pick_device, pick_dtype
+from loracompose.locating import DEFAULT_BASE, DEFAULT_ENCODER, resolve_base, resolve_encoder
 from loracompose.retrieval.index import AdapterIndex
 
 State = Literal["ok", "warning", "problem"]

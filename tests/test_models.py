@@ -10,19 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from loracompose import models, unpacking
+from loracompose import locating, unpacking
+from loracompose.devices import pick_device, pick_dtype
+from loracompose.encoders import encoder_revision, load_encoder
+from loracompose.locating import DEFAULT_ENCODER, Wheel, resolve_base, resolve_encoder
 from loracompose.models import (
     DEFAULT_BASE,
-    DEFAULT_ENCODER,
-    Wheel,
-    encoder_revision,
     load_base,
-    load_encoder,
     load_tokenizer,
-    pick_device,
-    pick_dtype,
-    resolve_base,
-    resolve_encoder,
     wrap_base,
 )
 from tests.tiny import base_model
@@ -47,7 +42,7 @@ def wheel(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     base_folder(package)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    monkeypatch.setitem(models.WHEELS, NAME, Wheel("carries_something", "llama", "pip install carries-something"))
+    monkeypatch.setitem(locating.WHEELS, NAME, Wheel("carries_something", "llama", "pip install carries-something"))
     return package / "llama"
 
 

@@ -52,7 +52,7 @@ class SentenceTransformerEmbedder:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if name is None:
-            from loracompose.models import DEFAULT_ENCODER
+            from loracompose.locating import DEFAULT_ENCODER
 
             name = DEFAULT_ENCODER
         self.name = name
@@ -66,7 +66,7 @@ class SentenceTransformerEmbedder:
     @cached_property
     def revision(self) -> str:
         """Revision of the encoder's files; loads the model only if they are not on this machine yet."""
-        from loracompose.models import encoder_revision
+        from loracompose.encoders import encoder_revision
 
         try:
             return encoder_revision(self.name)
@@ -90,7 +90,7 @@ class SentenceTransformerEmbedder:
 
     @cached_property
     def _model(self) -> Any:
-        from loracompose.models import load_encoder  # here, for it takes seconds and not every use of an index embeds
+        from loracompose.encoders import load_encoder  # here, for it takes seconds and not every use of an index embeds
 
         return load_encoder(self.name, self.device)
 

@@ -37,7 +37,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from loracompose import __version__
 from loracompose.adapters.folder import sync, write_folder
-from loracompose.models import DEFAULT_ENCODER, encoder_revision, load_encoder, pick_device, resolve_encoder
+from loracompose.devices import pick_device
+from loracompose.encoders import encoder_revision, load_encoder
+from loracompose.locating import DEFAULT_ENCODER, resolve_encoder
 from loracompose.retrieval.embedding import INSTRUCTION
 from loracompose.retrieval.encoder_recipe import EncoderRecipe
 from loracompose.retrieval.pairing import Material, gather_material

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from loracompose import AdapterIndex
 from loracompose.cli import app
-from loracompose.models import encoder_revision, load_encoder
+from loracompose.encoders import encoder_revision, load_encoder
 from loracompose.retrieval.encoder_recipe import EncoderRecipe
 from loracompose.retrieval.finetuning import train_retriever
 from tests.retrieval.material import PROMPTS, TASKS

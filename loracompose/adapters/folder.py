@@ -77,8 +77,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None], *, overwrite: bool) -> None:
-    """Make `folder` in one step: `fill` writes into a folder beside it, which is synced and renamed.
+    """Make `folder` in one step: `fill` writes files into a folder beside it, which is synced and renamed.
 
+    Whoever may read the folder may read its files.
     With `overwrite` an existing adapter folder is moved aside first, and moved back if the rename fails.
 
     Raises:
@@ -91,7 +92,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, overwrite: bool)
     fresh.mkdir()
     try:
         fill(fresh)
+        allowed = stat.S_IMODE(fresh.stat().st_mode) & 0o666  # safetensors writes files that only their owner can read
         for file in fresh.iterdir():
+            file.chmod(allowed)
             sync(file)
         sync(fresh)
         _swap(fresh, folder)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from loracompose.adapters.folder import write_folder
 
 FORMAT = 1
 TENSORS_FILE, SETTINGS_FILE = "router.safetensors", "router.json"
@@ -130,19 +129,12 @@ def save_router(router: Router, folder: str | Path) -> None:
     target = Path(folder)
     if target.exists():
         raise FileExistsError(f"{target} exists already; delete it or choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in router.tensors.items()}, aside / TENSORS_FILE)
-        (aside / SETTINGS_FILE).write_text(json.dumps(_record(router), indent=1) + "\n", encoding="utf-8")
-        for written in (aside / TENSORS_FILE, aside / SETTINGS_FILE):
-            written.chmod(0o644)
-            with written.open("rb") as stream:
-                os.fsync(stream.fileno())
-        aside.chmod(0o755)
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+    def fill(fresh: Path) -> None:
+        save_file({name: t.detach().cpu().contiguous() for name, t in router.tensors.items()}, fresh / TENSORS_FILE)
+        (fresh / SETTINGS_FILE).write_text(json.dumps(_record(router), indent=1) + "\n", encoding="utf-8")
+
+    write_folder(target, fill, overwrite=False)
 
 
 def load_router(folder: str | Path) -> Router:

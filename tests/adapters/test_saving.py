@@ -107,6 +107,12 @@ def test_an_adapter_without_ranks_is_refused(tmp_path, adapter):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path):
+    folder = save_adapter(small(), tmp_path / "saved")
+    allowed = folder.stat().st_mode & 0o444
+    assert {file.stat().st_mode & 0o444 for file in folder.iterdir()} == {allowed}
+
+
 def test_values_that_are_not_finite_are_refused(tmp_path):
     adapter = Adapter("x", {"a.q": LoraFactors(torch.full((1, 2), float("inf")), torch.ones(2, 1))})
     with pytest.raises(ValueError, match=r"a\.q\.lora_A.* not finite"):

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +11,7 @@ from loracompose.retrieval import backup
 from loracompose.retrieval.catalog import Catalog
 from loracompose.retrieval.database import Database
 from loracompose.retrieval.upkeep import content_digest
+from tests.retrieval.disk import watched_disk
 from tests.retrieval.material import TASKS, contents, hidden, make_adapter
 
 
@@ -246,19 +245,7 @@ def test_a_copy_that_is_gone_is_named(copying, tmp_path):
 
 
 def test_a_snapshot_is_on_the_disk_before_it_has_its_name(copying, tmp_path, monkeypatch):
-    steps = []
-    sync, rename = os.fsync, Path.rename
-
-    def watched_sync(descriptor):
-        steps.append(os.fstat(descriptor).st_ino)
-        sync(descriptor)
-
-    def watched_rename(path, target):
-        steps.append("rename")
-        return rename(path, target)
-
-    monkeypatch.setattr(os, "fsync", watched_sync)
-    monkeypatch.setattr(Path, "rename", watched_rename)
+    steps = watched_disk(monkeypatch)
     makers = {
         "saved": lambda: copying.snapshot(tmp_path / "saved"),
         "again": lambda: backup.restore_snapshot(tmp_path / "saved", tmp_path / "again"),

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import pytest
 from loracompose import AdapterIndex, load_adapter
 from loracompose.retrieval.embedding import INSTRUCTION, CallableEmbedder
 from loracompose.retrieval.segments import closing, opening
+from tests.retrieval.disk import watched_disk
 from tests.retrieval.material import TASKS, bag_of_words, hidden, make_adapter
 
 
@@ -145,19 +144,7 @@ def test_an_index_of_copies_that_was_changed_and_is_open_is_replaced_when_asked(
 
 
 def test_copies_are_on_the_disk_before_the_index_names_them(pool, tmp_path, embedder, monkeypatch):
-    steps = []
-    sync, rename = os.fsync, Path.rename
-
-    def watched_sync(descriptor):
-        steps.append(os.fstat(descriptor).st_ino)
-        sync(descriptor)
-
-    def watched_rename(path, target):
-        steps.append("rename")
-        return rename(path, target)
-
-    monkeypatch.setattr(os, "fsync", watched_sync)
-    monkeypatch.setattr(Path, "rename", watched_rename)
+    steps = watched_disk(monkeypatch)
     home = tmp_path / "index"
     with AdapterIndex.build(pool, home, embedder=embedder, copy=True) as index:
         before, after = steps[: steps.index("rename")], steps[steps.index("rename") :]

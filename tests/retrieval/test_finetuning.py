@@ -19,20 +19,9 @@ from loracompose.retrieval.encoder_recipe import EncoderRecipe
 from loracompose.retrieval.finetuning import train_retriever
 from tests.retrieval.material import PROMPTS, TASKS
 from tests.retrieval.tiny_encoder import encoder_folder
+from tests.training.interruption import Interrupted, interrupt_at
 
 RECIPE = EncoderRecipe(epochs=5, batch_size=4, learning_rate=1e-2, warmup=2, seed=3, save_every=3)  # 10 steps
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_at(number):
-    def on_step(step):
-        if step.number == number:
-            raise Interrupted
-
-    return on_step
 
 
 @pytest.fixture(scope="module")

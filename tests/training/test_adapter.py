@@ -15,24 +15,13 @@ from loracompose.training.adapter import CardText, train_adapter
 from loracompose.training.batches import response_loss
 from loracompose.training.data import encode_examples, read_examples
 from loracompose.training.recipe import Recipe
+from tests.training.interruption import Interrupted, interrupt_at
 from tests.training.tiny_base import base_folder
 
 ROWS = [{"prompt": f"say {word} {i}", "response": word} for i in range(12) for word in ("yes", "no", "maybe")]
 RECIPE = Recipe(
     rank=4, steps=12, batch_size=8, learning_rate=2e-2, warmup=2, dropout=0.1, seed=5, eval_every=5, save_every=3
 )
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_at(number):
-    def on_step(step):
-        if step.number == number:
-            raise Interrupted
-
-    return on_step
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from loracompose.training.beam_settings import BeamSettings
 from loracompose.training.data import encode_examples, read_examples
 from loracompose.training.recipe import Recipe
 from tests.tiny import TARGETS, base_model, logits, peft_load, relative_error
+from tests.training.interruption import Interrupted, interrupt_at
 from tests.training.tiny_base import base_folder
 
 RANK, TAU = 4, 0.05
@@ -342,10 +343,6 @@ RECIPE = Recipe(
 )
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return base_folder(tmp_path_factory.mktemp("base"))
@@ -361,13 +358,9 @@ def train(base):
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 7, 8, 13])  # remembered after 2, 6, 10; pruned after 4, 8
 def test_a_run_resumed_around_an_event_equals_one_never_interrupted(train, tmp_path, stop):
-    def interrupt(step):
-        if step.number == stop:
-            raise Interrupted
-
     whole = train(tmp_path / "whole", dev=ROWS[:9])
     with pytest.raises(Interrupted):
-        train(tmp_path / "cut", dev=ROWS[:9], on_step=interrupt)
+        train(tmp_path / "cut", dev=ROWS[:9], on_step=interrupt_at(stop))
     seen = []
     resumed = train(tmp_path / "cut", dev=ROWS[:9], on_step=lambda step: seen.append(step.number))
     assert seen[0] == stop + 1

@@ -21,6 +21,7 @@ from loracompose.training.router import train_router
 from loracompose.training.router_loop import Material, composed_loss, prompt_mask
 from loracompose.training.router_recipe import RouterRecipe
 from tests import laws
+from tests.training.interruption import Interrupted, interrupt_at
 from tests.training.tiny_base import base_folder
 
 WORDS = ("yes", "no", "maybe")
@@ -29,18 +30,6 @@ DEV = [{"prompt": f"speak {word}", "response": word, "task": word} for word in W
 RECIPE = RouterRecipe(
     steps=7, batch_size=6, learning_rate=0.05, warmup=2, seed=5, eval_every=2, save_every=3, adapter_dropout=0.5
 )
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_at(number):
-    def on_step(step):
-        if step.number == number:
-            raise Interrupted
-
-    return on_step
 
 
 @pytest.fixture(scope="module")

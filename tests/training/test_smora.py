@@ -29,7 +29,7 @@ from loracompose.training.recipe import Recipe
 from loracompose.training.smora import train_smora
 from loracompose.training.smora_ranks import SmoraRanks
 from loracompose.training.smora_settings import SmoraSettings
-from tests.training.test_adapter import Interrupted, interrupt_at
+from tests.training.interruption import Interrupted, interrupt_at
 from tests.training.tiny_base import base_folder
 
 YES = [{"prompt": f"say yes {i}", "response": "yes"} for i in range(12)]

@@ -30,7 +30,8 @@ from loracompose.retrieval.filtering import Exclude, Where
 from loracompose.retrieval.index import AdapterIndex
 from loracompose.retrieval.result import Retrieval
 from loracompose.retrieval.retriever import Retriever
-from loracompose.runtime.attach import Attachment, attach, model_lock
+from loracompose.runtime.attach import attach, model_lock
+from loracompose.runtime.attachment import Attachment
 from loracompose.streaming import stream_pieces
 from loracompose.trace import Generation
 

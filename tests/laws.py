@@ -40,7 +40,8 @@ from loracompose.composers.ties import Ties
 from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.router import Router, RouterAdapter
-from loracompose.runtime.attach import attach, module_shape
+from loracompose.runtime.attach import attach
+from loracompose.runtime.fitting import module_shape
 from tests import tiny
 
 BASES = ("llama", "gpt2", "t5")

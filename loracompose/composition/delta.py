@@ -82,7 +82,10 @@ class LowRankDelta:
 
     def __call__(self, x: Tensor, context: GateContext | None = None) -> Tensor:
         """What the module's output gains, (batch, seq, d_out)."""
-        h = self.shrink(x)  # (batch, seq, R)
+        return self.expand(x, self.shrink(x), context)
+
+    def expand(self, x: Tensor, h: Tensor, context: GateContext | None = None) -> Tensor:
+        """What the module's output gains, (batch, seq, d_out), from x and h = x Aᵀ, (batch, seq, R)."""
         if self.gate is None:
             g = self.weights[:, None, :]  # (batch, 1, R)
         else:

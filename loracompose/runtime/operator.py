@@ -1,29 +1,22 @@
-"""The batched low-rank product: one delta, prepared once per request batch, in the form each call needs."""
+"""The batched low-rank product: what runs beside each module, prepared once per request batch."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext, SparseGate
-from loracompose.runtime.plan import Form, active_pays, choose_form
+from loracompose.runtime.forms import BankForm, GatheredForm, GroupBank, SharedForm
+from loracompose.runtime.machine import DEFAULT, Machine
+from loracompose.runtime.plan import Form, Wanted, active_pays, choose_form
+from loracompose.runtime.rows import RowUse
+from loracompose.runtime.sharing import OpenProduct, SharedInput
 
-
-def gather_rows(delta: LowRankDelta) -> LowRankDelta:
-    """The same static delta with each row's own ranks, (batch, R', ...), its weights folded into B.
-
-    R' is the most ranks that a row uses; shorter rows are filled up with zeros.
-    """
-    used = delta.weights != 0  # (batch, R)
-    widest = max(1, int(used.sum(dim=1).max()))
-    pick = torch.argsort((~used).to(torch.int8), dim=1, stable=True)[:, :widest]  # (batch, R')
-    w = delta.weights.gather(1, pick)  # (batch, R')
-    A = torch.where((w != 0)[..., None], delta.A[pick], 0.0)  # (batch, R', d_in)
-    B = torch.where((w != 0)[..., None], delta.B.mT[pick] * w[..., None], 0.0)  # (batch, R', d_out)
-    return replace(delta, A=A, B=B.mT, weights=torch.ones_like(w))
+Context = Callable[[], GateContext]
 
 
 def run_active(delta: LowRankDelta, gate: SparseGate, x: Tensor, context: GateContext) -> Tensor:
@@ -35,17 +28,16 @@ def run_active(delta: LowRankDelta, gate: SparseGate, x: Tensor, context: GateCo
 
 
 class RowOperator:
-    """Runs one delta on inputs of `batch` rows, or of a multiple when `generate` expands rows to beams.
+    """Runs one delta as it stands, on `batch` rows, or on a multiple when `generate` expands rows to beams.
 
-    Each form of the bank (shared, gathered, and their expansions) is built at its first use and kept, so a
-    decoding step allocates nothing but its result.
+    For what has no other form: gated deltas, embeddings (which only look up what their tokens need) and deltas that
+    gradients flow into.
     """
 
-    def __init__(self, delta: LowRankDelta) -> None:
-        self._delta = delta
-        used = (delta.weights != 0).sum(dim=1)
-        self._row_ranks = max(1, int(used.max()))
-        self._forms: dict[tuple[Form, int], LowRankDelta] = {}
+    def __init__(self, delta: LowRankDelta, shrink: Callable[[Tensor], Tensor | None] | None = None) -> None:
+        """Prepare a delta; `shrink` may give x Aᵀ where modules that read x share one product."""
+        self._delta, self._shared = delta, shrink
+        self._repeated: dict[int, LowRankDelta] = {}
         gate = delta.gate
         self._sparse = gate if isinstance(gate, SparseGate) and gate.n_active is not None else None
 
@@ -53,6 +45,10 @@ class RowOperator:
     def gate_needs_layer_input(self) -> bool:
         """Whether the gate looks at the input of the enclosing layer."""
         return self._delta.gate is not None and self._delta.gate.needs_layer_input
+
+    def add(self, output: Tensor, x: Tensor, context: Context) -> Tensor:
+        """The module's output, (rows, seq, d_out), with what the delta adds to it."""
+        return output + self(x, context())
 
     def __call__(self, x: Tensor, context: GateContext) -> Tensor:
         """What the module's output gains, (rows, seq, d_out).
@@ -63,15 +59,14 @@ class RowOperator:
         batch = self._delta.batch
         if self._delta.kind == "embedding" and x.shape[0] == 1:
             x = x.expand(batch, -1)  # positions are often looked up once for all rows; compositions differ by row
-        rows = x.shape[0]
-        if rows % batch:
-            raise ValueError(
-                f"{context.module}: {rows} rows of input for {batch} compositions; rows must be a multiple"
-            )
-        form = self._form(x, rows // batch)
+        times = times_of(x, batch, context.module)
+        if times not in self._repeated:
+            self._repeated[times] = self._delta.repeat(times)
+        delta = self._repeated[times]
         if self._sparse is not None and self._active_pays(x):
-            return run_active(form, self._sparse, x, context)
-        return form(x, context)
+            return run_active(delta, self._sparse, x, context)
+        h = None if self._shared is None else self._shared(x)  # (rows, seq, R)
+        return delta.expand(x, delta.shrink(x) if h is None else h, context)
 
     def _active_pays(self, x: Tensor) -> bool:
         delta, active = self._delta, self._sparse and self._sparse.n_active
@@ -80,15 +75,119 @@ class RowOperator:
         width = delta.A.shape[-1] + delta.B.shape[-2]
         return active_pays(x.shape[0] * x.shape[1], delta.A.shape[0], active, width, delta.A.itemsize)
 
-    def _form(self, x: Tensor, times: int) -> LowRankDelta:
-        delta = self._delta
-        form: Form = "shared"
-        # an embedding only looks up what its tokens need: gathered rows would copy the vocabulary for each of them
-        if delta.gate is None and not delta.per_row and delta.kind == "linear":
-            ranks = delta.A.shape[0]
-            form = choose_form(x.shape[0], x.shape[1], ranks, self._row_ranks, delta.A.itemsize)
-        key = (form, times)
-        if key not in self._forms:
-            base = delta if form == "shared" else gather_rows(delta)
-            self._forms[key] = base.repeat(times)
-        return self._forms[key]
+
+def gated_group(deltas: Mapping[str, LowRankDelta], slot: OpenProduct) -> dict[str, RowOperator]:
+    """Operators of gated deltas whose modules read the same tensor: one product of A, of which each takes its ranks."""
+    if len(deltas) == 1:
+        return {path: RowOperator(delta) for path, delta in deltas.items()}
+    A = torch.cat([delta.A for delta in deltas.values()])  # (R of all, d_in)
+    shared = SharedInput(deltas, slot, lambda x: x @ A.mT)
+
+    def part(path: str, end: int) -> Callable[[Tensor], Tensor | None]:
+        def shrink(x: Tensor) -> Tensor | None:
+            h = shared.product(path, x)
+            return None if h is None else h[..., end - deltas[path].A.shape[0] : end]
+
+        return shrink
+
+    ends = accumulate(delta.A.shape[0] for delta in deltas.values())
+    return {path: RowOperator(delta, part(path, end)) for (path, delta), end in zip(deltas.items(), ends, strict=True)}
+
+
+class StaticGroup:
+    """Runs the static deltas of linear modules that read the same input, in the form that each pass needs.
+
+    Forms are built at their first use. Those of decoding steps are kept, so that a step allocates nothing but its
+    result; a gathered form that only a pass of many tokens wants is dropped with the pass, since it may be larger
+    than the model.
+    """
+
+    def __init__(
+        self,
+        deltas: Mapping[str, LowRankDelta],
+        weights: Mapping[str, Tensor],
+        slot: OpenProduct,
+        *,
+        form: Wanted = "auto",
+        machine: Machine = DEFAULT,
+    ) -> None:
+        """Prepare deltas of one width and batch.
+
+        Args:
+            deltas: module path -> delta.
+            weights: theirs, on the CPU.
+            slot: where the product waits for the modules that follow.
+            form: "shared" or "gathered" for one form always.
+            machine: what the plan counts with.
+        """
+        self._deltas, self._weights, self._slot = dict(deltas), weights, slot
+        self._form_wanted, self._machine = form, machine
+        self._member = {path: i for i, path in enumerate(deltas)}
+        self._use = RowUse.count([weights[path] for path in deltas])
+        self._shared = SharedInput(deltas, slot, self._shrink)
+        self._alone: dict[str, StaticGroup] = {}
+        self._bank: GroupBank | None = None
+        self._kept: dict[Form, BankForm] = {}
+        widths = [delta.A.shape[-1] + delta.B.shape[-2] for delta in deltas.values()]
+        self._numbers = sum(len(used) * width for used, width in zip(self._use.used, widths, strict=True))
+        self._own = sum(widest * width for widest, width in zip(self._use.widest, widths, strict=True))
+        self._itemsize = next(iter(deltas.values())).A.itemsize
+
+    def add(self, path: str, output: Tensor, x: Tensor) -> Tensor:
+        """The output of one module, (batch * times, seq, d_out), with what its delta adds.
+
+        Raises:
+            ValueError: the rows of x are not a multiple of the batch.
+        """
+        times_of(x, self._use.batch, path)
+        product = self._shared.product(path, x)
+        if product is None:
+            if path not in self._alone:
+                one = {path: self._deltas[path]}
+                form, machine = self._form_wanted, self._machine
+                self._alone[path] = StaticGroup(one, self._weights, self._slot, form=form, machine=machine)
+            return self._alone[path].add(path, output, x)
+        prepared, h = product
+        return prepared.add(self._member[path], h, output)
+
+    def _shrink(self, x: Tensor) -> tuple[BankForm, Tensor]:
+        form = self._form(x.shape[0], x.shape[1])
+        return form, form.shrink(x)
+
+    def _form(self, rows: int, seq: int) -> BankForm:
+        kind = self._choose(rows, seq)
+        if kind in self._kept:
+            return self._kept[kind]
+        # What is made in inference mode could not be used outside of it, where an attachment may still run.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._bank is None:
+                self._bank = GroupBank.build(list(self._deltas.values()), self._use)
+            form: BankForm = SharedForm(self._bank) if kind == "shared" else GatheredForm(self._bank)
+        if seq == 1 or kind == "shared":
+            self._kept[kind] = form
+        return form
+
+    def _choose(self, rows: int, seq: int) -> Form:
+        if self._form_wanted == "shared" or self._form_wanted == "gathered":
+            return self._form_wanted
+        if self._use.distinct == 1:
+            return "shared"
+        use, size = self._use, self._itemsize
+        return choose_form(rows, seq, self._numbers, self._own, size, distinct=use.distinct, machine=self._machine)
+
+
+def static_add(group: StaticGroup, path: str) -> Callable[[Tensor, Tensor, Context], Tensor]:
+    """`StaticGroup.add` of one module, as a hook calls it."""
+    return lambda output, x, context: group.add(path, output, x)
+
+
+def times_of(x: Tensor, batch: int, module: str) -> int:
+    """How many rows of x each composition has.
+
+    Raises:
+        ValueError: the rows of x are not a multiple of the batch.
+    """
+    rows = x.shape[0]
+    if rows % batch:
+        raise ValueError(f"{module}: {rows} rows of input for {batch} compositions; rows must be a multiple")
+    return rows // batch

@@ -13,7 +13,8 @@ from loracompose import Adapter, LoraFactors, load_adapter
 from loracompose.composers.mixture import Mixture
 from loracompose.composition.bank import gather_banks
 from loracompose.composition.delta import LowRankDelta
-from loracompose.runtime.attach import attach, layer_of
+from loracompose.composition.layers import layer_of
+from loracompose.runtime.attach import attach
 from tests import laws, tiny
 from tests.runtime.toy import random_delta
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from unittest import mock
 
 import pytest
@@ -12,19 +11,32 @@ from torch import Tensor
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext
 from loracompose.runtime import operator
-from loracompose.runtime.operator import RowOperator, gather_rows
-from loracompose.runtime.plan import choose_form
+from loracompose.runtime.forms import GatheredForm, GroupBank, SharedForm
+from loracompose.runtime.operator import RowOperator, StaticGroup
+from loracompose.runtime.rows import RowUse
+from loracompose.runtime.sharing import OpenProduct
 from tests.runtime.toy import Recorder, random_delta
 
 WEIGHT = st.sampled_from([0.0, 0.0, 1.0, -0.7, 0.25, 1e-30, 3.0])
+WIDTHS = {"q": 9, "k": 4, "v": 4}
+
+
+def rows_of(draw: st.DrawFn, rows: int, ranks: int) -> Tensor:
+    """Weights of a batch in which some rows are equal."""
+    kinds = draw(st.lists(st.lists(WEIGHT, min_size=ranks, max_size=ranks), min_size=1, max_size=rows))
+    return torch.tensor([kinds[draw(st.integers(0, len(kinds) - 1))] for _ in range(rows)], dtype=torch.float64)
 
 
 @st.composite
-def deltas(draw: st.DrawFn) -> LowRankDelta:
-    ranks, rows = draw(st.integers(1, 7)), draw(st.integers(1, 5))
-    weights = draw(st.lists(st.lists(WEIGHT, min_size=ranks, max_size=ranks), min_size=rows, max_size=rows))
-    kind = draw(st.sampled_from(["linear", "embedding"]))
-    return random_delta(ranks=ranks, weights=torch.tensor(weights, dtype=torch.float64), kind=kind)
+def groups(draw: st.DrawFn) -> dict[str, LowRankDelta]:
+    """Deltas of modules that read one input, of unequal ranks and widths, some of them of nobody."""
+    rows, names = draw(st.integers(1, 6)), draw(st.sampled_from([["q"], ["q", "v"], ["q", "k", "v"]]))
+    deltas = {}
+    for seed, name in enumerate(names):
+        ranks = draw(st.integers(1, 7))
+        weights = rows_of(draw, rows, ranks)
+        deltas[name] = random_delta(12, WIDTHS[name], ranks=ranks, weights=weights, seed=seed)
+    return deltas
 
 
 def given_input(delta: LowRankDelta, times: int = 1, seq: int = 3) -> Tensor:
@@ -43,40 +55,66 @@ def dense(delta: LowRankDelta, x: Tensor) -> Tensor:
     return torch.stack([row @ updates[i // times].mT for i, row in enumerate(hot)])
 
 
-@settings(deadline=None, max_examples=60)
-@given(deltas(), st.integers(1, 3))
-def test_the_shared_and_the_gathered_form_equal_the_dense_product(delta: LowRankDelta, times: int):
-    x = given_input(delta, times)
-    want = dense(delta, x)
-    for form in (delta, gather_rows(delta)):
-        assert torch.allclose(form.repeat(times)(x), want, atol=1e-12)
-    for forced in ("shared", "gathered"):
-        with mock.patch.object(operator, "choose_form", return_value=forced):
-            assert torch.allclose(RowOperator(delta)(x, GateContext("m")), want, atol=1e-12)
+def group(deltas: dict[str, LowRankDelta], **settings: object) -> StaticGroup:
+    return StaticGroup(deltas, {path: d.weights for path, d in deltas.items()}, OpenProduct(), **settings)  # type: ignore[arg-type]
 
 
-def test_gathered_rows_hold_only_what_the_widest_row_uses():
-    weights = torch.tensor([[0, 1, 0, 2, 0], [0, 0, 0, 0, 3], [0, 0, 0, 0, 0]], dtype=torch.float64)
-    gathered = gather_rows(random_delta(weights=weights))
-    assert gathered.A.shape == (3, 2, 12)
-    assert gathered.B.shape == (3, 9, 2)
+def bank(*deltas: LowRankDelta) -> GroupBank:
+    return GroupBank.build(deltas, RowUse.count([delta.weights for delta in deltas]))
 
 
-def test_a_form_is_built_once_and_kept():
+@settings(deadline=None, max_examples=80)
+@given(groups(), st.integers(1, 3), st.sampled_from([1, 3]))
+def test_the_shared_and_the_gathered_form_equal_the_dense_product(
+    deltas: dict[str, LowRankDelta], times: int, seq: int
+):
+    x = given_input(next(iter(deltas.values())), times, seq)
+    for form in ("auto", "shared", "gathered"):
+        run = group(deltas, form=form)
+        for path, delta in deltas.items():
+            output = torch.randn(*x.shape[:2], WIDTHS[path], dtype=torch.float64)
+            given = output.clone()
+            assert torch.allclose(run.add(path, output, x), given + dense(delta, x), atol=1e-12), form
+            assert torch.equal(output, given)  # what the module gave out is not written to
+            assert torch.allclose(delta.repeat(times)(x), dense(delta, x), atol=1e-12)
+
+
+def test_gathered_compositions_hold_only_what_the_widest_uses_and_equal_rows_are_gathered_once():
+    weights = torch.tensor([[0, 0, 0, 0, 3], [0, 1, 0, 2, 0], [0, 0, 0, 0, 3], [0, 0, 0, 0, 0]], dtype=torch.float64)
+    form = GatheredForm(bank(random_delta(weights=weights)))
+    assert form._A.shape == (3, 12, 2)
+    assert form._B[0].shape == (3, 2, 9)
+
+
+def test_ranks_that_no_row_uses_are_left_out():
+    weights = torch.tensor([[0, 1, 0, 2, 0], [0, 0, 0, 0.5, 0]], dtype=torch.float64)
+    assert SharedForm(bank(random_delta(weights=weights)))._A.shape == (2, 12)
+
+
+def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it():
+    delta = random_delta(ranks=2, weights=torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
+    delta.A[1] = 1e308
+    x, output = given_input(delta).abs() * 1e10, torch.zeros(2, 3, 9, dtype=torch.float64)
+    for form in ("shared", "gathered"):
+        got = group({"q": delta}, form=form).add("q", output, x)
+        assert torch.isfinite(got[0]).all(), form
+        assert not torch.isfinite(got[1]).any()
+
+
+def test_a_form_of_decoding_steps_is_built_once_and_kept_and_one_of_long_passes_is_not():
     delta = random_delta(weights=torch.eye(5, dtype=torch.float64).repeat(4, 1))
-    run = RowOperator(delta)
-    always = mock.patch.object(operator, "choose_form", return_value="gathered")
-    with always, mock.patch.object(operator, "gather_rows", wraps=gather_rows) as gather:
-        for _ in range(3):
-            run(given_input(delta, seq=1), GateContext("m"))
-            run(given_input(delta, times=2, seq=1), GateContext("m"))
-    assert gather.call_count == 2  # one for each number of rows, not one for each step
+    run, output = group({"q": delta}, form="gathered"), torch.zeros(20, 1, 9, dtype=torch.float64)
+    with mock.patch.object(operator, "GatheredForm", wraps=GatheredForm) as built:
+        for seq in (4, 4, 1, 1, 1):
+            run.add("q", output.expand(20, seq, 9), given_input(delta, seq=seq))
+        run.add("q", output.repeat(2, 1, 1), given_input(delta, times=2, seq=1))
+    assert built.call_count == 3
 
 
-def test_an_embedding_is_never_gathered_row_by_row():
+def test_an_embedding_is_looked_up_in_the_bank_of_all_rows():
     delta = random_delta(weights=torch.eye(5, dtype=torch.float64), kind="embedding")
-    with mock.patch.object(operator, "gather_rows", side_effect=AssertionError):
-        RowOperator(delta)(given_input(delta), GateContext("m"))
+    x = given_input(delta, times=2)
+    assert torch.allclose(RowOperator(delta)(x, GateContext("m")), dense(delta, x), atol=1e-12)
 
 
 def test_a_gate_sees_the_rows_of_every_beam():
@@ -89,31 +127,8 @@ def test_a_gate_sees_the_rows_of_every_beam():
 
 
 def test_rows_must_be_a_multiple_of_the_compositions():
-    delta = random_delta(weights=torch.ones(2, 5, dtype=torch.float64))
+    delta, x = random_delta(weights=torch.ones(2, 5, dtype=torch.float64)), torch.zeros(3, 1, 12, dtype=torch.float64)
     with pytest.raises(ValueError, match="m: 3 rows of input for 2 compositions"):
-        RowOperator(delta)(torch.zeros(3, 1, 12, dtype=torch.float64), GateContext("m"))
-
-
-SIZES = list(itertools.product([1, 2, 8, 64], [1, 16, 512], [2, 4, 8]))
-
-
-@pytest.mark.parametrize(("rows", "seq", "itemsize"), SIZES)
-def test_once_the_shared_bank_is_cheaper_wider_rows_keep_it(rows: int, seq: int, itemsize: int):
-    forms = [choose_form(rows, seq, 64, used, itemsize) for used in range(1, 65)]
-    assert forms == sorted(forms)  # "gathered" before "shared"
-    assert forms[-1] == "shared"  # a row that uses every rank has nothing to gather
-
-
-@pytest.mark.parametrize(("rows", "seq", "itemsize"), SIZES)
-def test_once_gathering_is_cheaper_a_larger_pool_keeps_it(rows: int, seq: int, itemsize: int):
-    forms = [choose_form(rows, seq, ranks, 8, itemsize) for ranks in range(8, 2048, 8)]
-    assert forms == sorted(forms, reverse=True)
-
-
-def test_one_row_that_uses_part_of_the_bank_gathers_it():
-    assert choose_form(1, 1, 64, 8, 4) == "gathered"
-    assert choose_form(1, 1, 8, 8, 4) == "shared"
-
-
-def test_rows_with_one_composition_share_it():
-    assert choose_form(16, 128, 8, 8, 4) == "shared"
+        RowOperator(delta)(x, GateContext("m"))
+    with pytest.raises(ValueError, match="m: 3 rows of input for 2 compositions"):
+        group({"m": delta}).add("m", x, x)

@@ -1,0 +1,111 @@
+"""Which operator runs each delta of a request, and which deltas go into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loracompose.composition.delta import LowRankDelta
+from loracompose.runtime.attachment import Add
+from loracompose.runtime.folding import PRECISE, why_not_foldable
+from loracompose.runtime.machine import DEFAULT, Machine, known_machine
+from loracompose.runtime.operator import RowOperator, StaticGroup, gated_group, static_add
+from loracompose.runtime.plan import Wanted, fold_pays
+from loracompose.runtime.sharing import OpenProduct, share_input
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """The deltas of a request, each fit to its module, and how they are to run.
+
+    Attributes:
+        modules: module path -> module.
+        deltas: module path -> delta on the device and in the dtype of its module.
+        form: what the caller asked for.
+        tokens: decoding steps to expect; None if nobody knows.
+        machine: what the plan counts with; None is what was measured here.
+    """
+
+    modules: Mapping[str, nn.Module]
+    deltas: Mapping[str, LowRankDelta]
+    form: Wanted
+    tokens: int | None
+    machine: Machine | None
+
+    def split(self) -> tuple[dict[str, LowRankDelta], dict[str, LowRankDelta], dict[str, Tensor]]:
+        """The deltas that go into the weights, those that run beside them, and the weights of all, on the CPU.
+
+        Raises:
+            ValueError: "folded" is forced on a delta that cannot be folded.
+        """
+        weights = on_host(self.deltas)
+        inside = {path: delta for path, delta in self.deltas.items() if self._folds(path, delta, weights[path])}
+        beside = {path: delta for path, delta in self.deltas.items() if path not in inside}
+        return inside, beside, weights
+
+    def operators(
+        self, deltas: Mapping[str, LowRankDelta], weights: Mapping[str, Tensor], slot: OpenProduct
+    ) -> dict[str, Add]:
+        """What the hook of every module calls."""
+        kinds = {path: sharing_kind(path, delta) for path, delta in deltas.items()}
+        adders: dict[str, Add] = {}
+        for members in share_input(kinds):
+            group = {path: deltas[path] for path in members}
+            first = group[members[0]]
+            if is_static(first):
+                run = StaticGroup(group, weights, slot, form=self.form, machine=self._machine(first))
+                adders |= {path: static_add(run, path) for path in members}
+            elif first.kind == "linear" and first.gate is not None:
+                adders |= {path: operator.add for path, operator in gated_group(group, slot).items()}
+            else:
+                adders |= {path: RowOperator(delta).add for path, delta in group.items()}
+        return adders
+
+    def _folds(self, path: str, delta: LowRankDelta, weights: Tensor) -> bool:
+        if self.form == "folded":
+            reason = why_not_foldable(self.modules[path], delta, weights)
+            if reason and delta.kind == "linear":
+                raise ValueError(f"{path} cannot run folded into its weight: {reason}; leave form to 'auto'")
+            return not reason
+        if self.form != "auto" or not self.tokens or delta.A.dtype not in PRECISE:
+            return False
+        if why_not_foldable(self.modules[path], delta, weights):
+            return False
+        d_out, d_in, ranks = delta.B.shape[0], delta.A.shape[1], int((weights[0] != 0).sum())
+        rows, size = delta.batch, delta.A.itemsize
+        return ranks > 0 and fold_pays(self.tokens, rows, d_in, d_out, ranks, size, self._machine(delta))
+
+    def _machine(self, delta: LowRankDelta) -> Machine:
+        if self.machine is not None:
+            return self.machine
+        return known_machine(delta.A.device, delta.A.dtype) or DEFAULT
+
+
+def is_static(delta: LowRankDelta) -> bool:
+    """Whether a delta has several forms: linear, without gate, one bank, and no gradients flow into it."""
+    fixed = not any(t.requires_grad for t in (delta.A, delta.B, delta.weights))
+    return delta.kind == "linear" and delta.gate is None and not delta.per_row and fixed
+
+
+def sharing_kind(path: str, delta: LowRankDelta) -> tuple[object, ...]:
+    """What must be equal for two modules to share one product; unique where nothing is shared."""
+    if delta.kind != "linear" or delta.per_row or (delta.gate is None and not is_static(delta)):
+        return (path,)
+    return delta.gate is None, delta.batch, delta.A.shape[-1], delta.A.dtype, delta.A.device
+
+
+def on_host(deltas: Mapping[str, LowRankDelta]) -> dict[str, Tensor]:
+    """The weights of all deltas on the CPU, fetched in one transfer for every number of rows."""
+    found: dict[str, Tensor] = {}
+    for rows in {delta.batch for delta in deltas.values()}:
+        these = {path: delta.weights.detach() for path, delta in deltas.items() if delta.batch == rows}
+        if all(weights.device.type == "cpu" for weights in these.values()):
+            found |= these
+            continue
+        beside = torch.cat([weights.to(next(iter(these.values())).device) for weights in these.values()], dim=1).cpu()
+        parts = torch.split(beside, [weights.shape[1] for weights in these.values()], dim=1)
+        found |= dict(zip(these, parts, strict=True))
+    return found

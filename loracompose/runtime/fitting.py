@@ -1,0 +1,61 @@
+"""Which module a delta goes on, and whether it fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from loracompose.composition.delta import LowRankDelta
+
+
+def resolve(model: nn.Module, path: str) -> nn.Module:
+    """The module of that path."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        last = path.rpartition(".")[2]
+        near = [name for name, _ in model.named_modules() if name.endswith("." + last)][:3]
+        hint = f"modules of that kind: {', '.join(near)}" if near else f"no module is called {last!r}"
+        raise LookupError(
+            f"{type(model).__name__} has no module {path!r} ({hint}); the adapter was made for another base model"
+        ) from None
+
+
+def module_shape(module: nn.Module) -> tuple[str, int, int] | None:
+    """(kind, d_in, d_out) of a module that an adapter can be put on; None for any other."""
+    if isinstance(module, nn.Embedding):
+        return "embedding", module.num_embeddings, module.embedding_dim
+    if isinstance(module, nn.Linear):
+        return "linear", module.in_features, module.out_features
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2:
+        return "linear", weight.shape[0], weight.shape[1]  # GPT-2 keeps (d_in, d_out)
+    return None
+
+
+def check_fit(path: str, module: nn.Module, delta: LowRankDelta) -> None:
+    """Raise unless the delta fits the module."""
+    wanted = (delta.kind, delta.A.shape[-1], delta.B.shape[-2])
+    shape = module_shape(module)
+    if shape is None:
+        raise ValueError(f"{path!r} is a {type(module).__name__}; adapters go on Linear, Conv1D and Embedding")
+    if shape != wanted:
+        raise ValueError(
+            f"{path!r} is {shape[0]} {shape[1]} -> {shape[2]}, the adapter is {wanted[0]} {wanted[1]} -> {wanted[2]}; "
+            "it was made for another base model"
+        )
+
+
+def on_module(delta: LowRankDelta, module: nn.Module) -> LowRankDelta:
+    """The delta on the device and in the dtype that the module computes with.
+
+    Embeddings that scale their output (Gemma, BART) scale the adapter's part as well, as PEFT does.
+    """
+    weight = module.get_parameter("weight")
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    scale = getattr(module, "embed_scale", None)
+    if delta.kind == "embedding" and scale is not None:
+        delta = replace(delta, B=delta.B * torch.as_tensor(scale).to(delta.B))
+    return delta.to(weight.device, dtype)

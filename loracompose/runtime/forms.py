@@ -1,0 +1,162 @@
+"""The equal forms of the static deltas of modules that read one input: a shared bank, or one for each composition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loracompose.composition.delta import LowRankDelta
+from loracompose.runtime.rows import RowUse
+
+
+class BankForm(Protocol):
+    """The deltas of a group of modules, prepared."""
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """What B is multiplied with, for all modules of the group at once; x is (batch * times, seq, d_in)."""
+        ...
+
+    def add(self, member: int, h: Tensor, output: Tensor) -> Tensor:
+        """The output of one module, (batch * times, seq, d_out), with what its delta adds; a tensor of its own."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class GroupBank:
+    """The ranks that a batch uses of the modules of a group, contiguous, each bank closed by a rank of zeros.
+
+    Attributes:
+        use: which rows use what, on the CPU.
+        A: (R + 1, d_in), the ranks of all modules one after the other.
+        B: for every module (R_i + 1, d_out), rank by rank.
+    """
+
+    use: RowUse
+    A: Tensor
+    B: tuple[Tensor, ...]
+
+    @classmethod
+    def build(cls, deltas: Sequence[LowRankDelta], use: RowUse) -> GroupBank:
+        """Put together the ranks of static deltas of linear modules that some row uses."""
+        A = [_rows(d.A, used) for d, used in zip(deltas, use.used, strict=True)]
+        B = [_rows(d.B.mT, used) for d, used in zip(deltas, use.used, strict=True)]
+        zeros = [bank.new_zeros(1, bank.shape[1]) for bank in (A[0], *B)]
+        closed = tuple(torch.cat(pair) for pair in zip(B, zeros[1:], strict=True))
+        return cls(use, torch.cat([*A, zeros[0]]), closed)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """How many ranks of every module are used."""
+        return tuple(len(used) for used in self.use.used)
+
+    @cached_property
+    def numbers(self) -> int:
+        """Numbers in A and B."""
+        return sum(r * (self.A.shape[1] + B.shape[1]) for r, B in zip(self.ranks, self.B, strict=True))
+
+    @cached_property
+    def own_numbers(self) -> int:
+        """The most numbers that one composition uses, filled up where another one's ranks are more."""
+        return sum(r * (self.A.shape[1] + B.shape[1]) for r, B in zip(self.use.widest, self.B, strict=True))
+
+
+class SharedForm:
+    """One bank for all rows: each multiplies all of it, and weights switch on what is its own."""
+
+    def __init__(self, bank: GroupBank) -> None:
+        use, place, dtype = bank.use, bank.A.device, bank.A.dtype
+        self._A = bank.A[:-1]  # (R, d_in)
+        self._B = tuple(B[:-1] for B in bank.B)  # (R_i, d_out)
+        self._parts = _parts(bank.ranks)
+        weights = torch.cat(use.weights, dim=1)[use.row_of]  # (batch, R)
+        if use.distinct == 1:  # every rank is used, by every row alike
+            self._B = tuple(B * w[0, :, None].to(B) for B, w in zip(self._B, use.weights, strict=True))
+            weights = torch.ones_like(weights)
+        self._batch, self._off = use.batch, weights == 0
+        self._weights = weights.to(dtype)
+        self._scales = bool((weights[~self._off] != 1).any())
+        self._spread: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        self._place = place
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """The weighted A x, (batch * times * seq, R)."""
+        rows, seq = x.shape[:2]
+        weights, off = self._for(rows // self._batch)
+        h = torch.mm(x.reshape(rows * seq, -1), self._A.mT)  # (batch * times * seq, R)
+        by_row = h.view(rows, seq, -1)
+        # Not the weights alone: an adapter that overflows must not turn rows that do not use it into inf * 0 = nan.
+        if off is not None:
+            by_row = by_row.masked_fill_(off, 0.0)
+        if weights is not None:
+            by_row = by_row.mul_(weights)
+        return by_row.view_as(h)
+
+    def add(self, member: int, h: Tensor, output: Tensor) -> Tensor:
+        """Output + h B, of one module."""
+        flat = output.reshape(len(h), -1)  # (batch * times * seq, d_out)
+        return torch.addmm(flat, h[:, self._parts[member]], self._B[member]).view(output.shape)
+
+    def _for(self, times: int) -> tuple[Tensor | None, Tensor | None]:
+        """Weights and what is switched off, (batch * times, 1, R), None where they would change nothing."""
+        if times not in self._spread:
+            weights = self._weights.repeat_interleave(times, dim=0)[:, None].to(self._place) if self._scales else None
+            some = bool(self._off.any())
+            off = self._off.repeat_interleave(times, dim=0)[:, None].to(self._place) if some else None
+            self._spread[times] = weights, off
+        return self._spread[times]
+
+
+class GatheredForm:
+    """A bank for each distinct composition, of its own ranks alone, its weights folded into B.
+
+    All are as wide as the widest; shorter ones are filled up with zeros. Rows of one composition are multiplied
+    together, beams as well, so a bank is read once however many rows use it.
+    """
+
+    def __init__(self, bank: GroupBank) -> None:
+        use, place = bank.use, bank.A.device
+        self._rows = use.lineup().to(place)
+        starts = [0]
+        for ranks in bank.ranks:
+            starts.append(starts[-1] + ranks)
+        pick_A, B = [], []
+        for (pick, own), ranks, start, B_all in zip(use.picks(), bank.ranks, starts, bank.B, strict=False):
+            # the place after a module's last rank is its rank of zeros in B, and that of the whole group in A
+            pick_A.append(torch.where(pick == ranks, starts[-1], pick + start))
+            gathered = _take(B_all, pick.to(place))  # (distinct, R', d_out)
+            B.append(gathered.mul_(own[..., None].to(place, B_all.dtype)))
+        self._A = _take(bank.A, torch.cat(pick_A, dim=1).to(place)).mT  # (distinct, d_in, R' of all modules)
+        self._B = tuple(B)
+        self._parts = _parts(use.widest)
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """A x with each row's own A, (distinct, places * times * seq, R')."""
+        return torch.bmm(self._rows.line_up(x), self._A)
+
+    def add(self, member: int, h: Tensor, output: Tensor) -> Tensor:
+        """Output + h B, of one module, with each row's own B."""
+        h, B = h[..., self._parts[member]], self._B[member]
+        if self._rows.place is None:
+            return torch.baddbmm(output.reshape(*h.shape[:2], -1), h, B).view(output.shape)
+        return output + self._rows.go_back(torch.bmm(h, B)).reshape(output.shape)
+
+
+def _parts(ranks: Sequence[int]) -> tuple[slice, ...]:
+    """Where the ranks of every module lie among those of all."""
+    ends = [sum(ranks[: i + 1]) for i in range(len(ranks))]
+    return tuple(slice(end - r, end) for end, r in zip(ends, ranks, strict=True))
+
+
+def _rows(bank: Tensor, used: Tensor) -> Tensor:
+    """The rows of a bank that are used; the bank itself where all are."""
+    return bank if len(used) == len(bank) else bank.index_select(0, used.to(bank.device))
+
+
+def _take(bank: Tensor, pick: Tensor) -> Tensor:
+    """bank[pick], (*pick, width); index_select copies rows several times faster."""
+    return bank.index_select(0, pick.flatten()).view(*pick.shape, -1)

@@ -1,0 +1,159 @@
+"""Machine: how fast this one reads, multiplies and starts an operation; measured once, kept in the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from loracompose.unpacking import cache_folder
+
+# Raised when what is measured changes; part of the file's name, so that older measurements are left alone.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates that the plan counts with. The defaults are of no machine: only their ratios matter, and they never change.
+
+    Attributes:
+        bandwidth: bytes read a second.
+        small_gemm: operations a second of one product of a few tokens, as in decoding.
+        large_gemm: of one product of many tokens, as in a prefill.
+        small_bmm: operations a second of one product per row, of one token each.
+        large_bmm: of one product per row, of many tokens each.
+        call: seconds to start one operation.
+    """
+
+    bandwidth: float = 1e10
+    small_gemm: float = 4e10
+    large_gemm: float = 4e10
+    small_bmm: float = 4e10
+    large_bmm: float = 4e10
+    call: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (isinstance(value, float) and 0 < value < float("inf")):
+                raise ValueError(f"{field.name} must be a positive number, got {value!r}")
+
+    def gemm(self, tokens: int) -> float:
+        """Operations a second of one product over that many tokens."""
+        return self.small_gemm if tokens < MANY else self.large_gemm
+
+    def bmm(self, tokens: int) -> float:
+        """Operations a second of products per row, that many tokens a row."""
+        return self.small_bmm if tokens < FEW else self.large_bmm
+
+
+FEW = 16  # tokens from which on a product per row is a matrix product and no longer vector by vector
+MANY = 128  # tokens from which on one product is large
+DEFAULT = Machine()
+
+
+def machine_file(device: torch.device, dtype: torch.dtype) -> Path:
+    """Where the measurement of a device and dtype is kept, with this torch and this number of threads."""
+    name = device.type if device.type != "cuda" else torch.cuda.get_device_name(device)
+    parts = (name, str(dtype).removeprefix("torch."), f"t{torch.get_num_threads()}", f"torch{torch.__version__}")
+    plain = "".join(c if c.isalnum() or c in ".+" else "-" for c in "_".join(parts))
+    return cache_folder() / "machine" / f"{plain}_v{FORMAT}.json"
+
+
+def known_machine(device: torch.device, dtype: torch.dtype) -> Machine | None:
+    """The measurement of this device and dtype; None if there is none.
+
+    Raises:
+        ValueError: the file is there but does not hold one.
+    """
+    file = machine_file(device, dtype)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        return Machine(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} holds no measurement of this machine ({error}): delete it, or run loracompose doctor --calibrate"
+        ) from error
+
+
+def save_machine(machine: Machine, device: torch.device, dtype: torch.dtype) -> Path:
+    """Keep a measurement; the file appears in one step, complete."""
+    file = machine_file(device, dtype)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, aside = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(asdict(machine), stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(aside).chmod(0o644)  # mkstemp writes for the owner alone; a cache may be shared
+        Path(aside).rename(file)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return file
+
+
+@torch.inference_mode()
+def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
+    """Measure this machine, in under two seconds; nothing is written, see `save_machine`.
+
+    Rates are the best of several short runs, so other work on the machine shows as little as can be.
+    """
+    place = torch.device(device)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=place, dtype=dtype)
+
+    large = numbers(2**24 // dtype.itemsize)  # 16 MB, more than the caches near a core
+    wide, ranks, rows = 1024, 64, 16
+    A, A_rows = numbers(wide, ranks), numbers(rows, wide, ranks)
+    few, many = numbers(rows, wide), numbers(1024, wide)
+    one, each = numbers(rows, 1, wide), numbers(rows, 64, wide)
+    tiny = numbers(1, 8)
+    seconds = {
+        "sum": _best(lambda: large.sum(), place),
+        "few": _best(lambda: few @ A, place),
+        "many": _best(lambda: many @ A, place),
+        "one": _best(lambda: torch.bmm(one, A_rows), place),
+        "each": _best(lambda: torch.bmm(each, A_rows), place),
+        "call": _best(lambda: tiny.add(tiny), place, runs=64),
+    }
+    work = 2.0 * wide * ranks
+    return Machine(
+        bandwidth=large.nbytes / seconds["sum"],
+        small_gemm=rows * work / seconds["few"],
+        large_gemm=1024 * work / seconds["many"],
+        small_bmm=rows * work / seconds["one"],
+        large_bmm=rows * 64 * work / seconds["each"],
+        call=seconds["call"],
+    )
+
+
+def _best(run: Callable[[], object], device: torch.device, *, runs: int = 4, budget: float = 0.15) -> float:
+    """Seconds of one run: the best of as many rounds as fit the budget, three at least."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    run()
+    wait()
+    best, begin = float("inf"), time.perf_counter()
+    rounds = 0
+    while rounds < 3 or time.perf_counter() - begin < budget:
+        start = time.perf_counter()
+        for _ in range(runs):
+            run()
+        wait()
+        best = min(best, (time.perf_counter() - start) / runs)
+        rounds += 1
+    return best

@@ -42,6 +42,7 @@ from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.router import Router, RouterAdapter
 from loracompose.runtime.attach import attach
 from loracompose.runtime.fitting import module_shape
+from loracompose.runtime.plan import Wanted
 from tests import tiny
 
 BASES = ("llama", "gpt2", "t5")
@@ -405,9 +406,11 @@ def compose_rows(
     return composer.compose(gather_banks([adapters[i] for i in order]), rows)
 
 
-def logits(model: nn.Module, deltas: Mapping[str, LowRankDelta], on: str, *, batch: int = 2) -> Tensor:
+def logits(
+    model: nn.Module, deltas: Mapping[str, LowRankDelta], on: str, *, batch: int = 2, form: Wanted = "auto"
+) -> Tensor:
     """Logits under the deltas on fixed tokens, (batch, seq, vocabulary)."""
-    with attach(model, deltas):
+    with attach(model, deltas, form=form):
         return tiny.logits(model, on, batch=batch, seq=6)
 
 
@@ -418,11 +421,18 @@ def composed_logits(
     return logits(base(on), compose_rows(composer, adapters, [weights]), on)
 
 
-def generate(on: str, inputs: Mapping[str, Tensor], deltas: Mapping[str, LowRankDelta], **settings: Any) -> Any:
+def generate(
+    on: str,
+    inputs: Mapping[str, Tensor],
+    deltas: Mapping[str, LowRankDelta],
+    *,
+    form: Wanted = "auto",
+    **settings: Any,
+) -> Any:
     """NEW tokens for every row, with what the model thought of them."""
     length = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0}
     wanted = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
-    with attach(base(on), deltas):
+    with attach(base(on), deltas, form=form):
         return base(on).generate(**inputs, **length, **wanted, **settings)
 
 

@@ -15,10 +15,12 @@ import torch
 from loracompose.devices import pick_device, pick_dtype
 from loracompose.locating import DEFAULT_BASE, DEFAULT_ENCODER, resolve_base, resolve_encoder
 from loracompose.retrieval.index import AdapterIndex
+from loracompose.runtime.machine import calibrate, known_machine, save_machine
 
 State = Literal["ok", "warning", "problem"]
 PACKAGES = ("torch", "transformers", "peft", "sentence-transformers", "faiss-cpu", "safetensors", "numpy")
 REBUILD = "rebuild it: loracompose index build ADAPTERS INDEX --overwrite"
+CALIBRATE = "measure it in two seconds: loracompose doctor --calibrate"
 OPTIONAL = {"gguf": "gguf", "nevergrad": "lorahub"}  # package -> extra that brings it
 
 
@@ -34,7 +36,7 @@ class Finding:
 
 def diagnose(base: str = DEFAULT_BASE, index: Path | None = None) -> list[Finding]:
     """Look at versions, device, base model, encoder and, if one is given, an index."""
-    findings = [*packages(), machine(), model("base model", base), model("encoder", DEFAULT_ENCODER)]
+    findings = [*packages(), machine(), speed(), model("base model", base), model("encoder", DEFAULT_ENCODER)]
     return findings if index is None else [*findings, *index_health(index, base)]
 
 
@@ -58,6 +60,28 @@ def machine() -> Finding:
     dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return Finding("device", "ok", f"{device} ({name}), {dtype}, Python {platform.python_version()}")
+
+
+def speed() -> Finding:
+    """What was measured of the machine, which the plan of a request counts with."""
+    device = pick_device("auto")
+    dtype = pick_dtype("auto", device)
+    try:
+        known = known_machine(device, dtype)
+    except ValueError as error:
+        return Finding("calibration", "problem", str(error), CALIBRATE)
+    if known is None:
+        return Finding("calibration", "ok", "none for this device, dtype and torch; fixed constants hold", CALIBRATE)
+    gemm, bmm = known.large_gemm / 1e9, known.large_bmm / 1e9
+    detail = f"{known.bandwidth / 1e9:.1f} GB/s, products {gemm:.0f} and by row {bmm:.0f} billion operations/s"
+    return Finding("calibration", "ok", f"{detail}, {known.call * 1e6:.1f} µs a call")
+
+
+def calibrate_here() -> None:
+    """Measure this machine in the device and dtype that models run in, and keep what was found."""
+    device = pick_device("auto")
+    dtype = pick_dtype("auto", device)
+    save_machine(calibrate(device, dtype), device, dtype)
 
 
 def model(subject: str, name: str) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -13,11 +14,23 @@ from loracompose.cli.options import DEFAULT_BASE
 STYLE = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
-def doctor(index: options.Index = None, base: options.Base = DEFAULT_BASE, as_json: options.AsJson = False) -> None:
+Calibrate = Annotated[
+    bool, typer.Option("--calibrate", help="Measure how fast this machine reads and multiplies, and keep it.")
+]
+
+
+def doctor(
+    index: options.Index = None,
+    base: options.Base = DEFAULT_BASE,
+    calibrate: Calibrate = False,
+    as_json: options.AsJson = False,
+) -> None:
     """Say what is installed, what is missing, whether an index is healthy, and how to mend what is not."""
     from loracompose.composers import COMPOSERS
-    from loracompose.diagnosis import diagnose
+    from loracompose.diagnosis import calibrate_here, diagnose
 
+    if calibrate:
+        calibrate_here()
     findings = diagnose(base, index)
     broken = any(finding.state == "problem" for finding in findings)
     if as_json:

@@ -53,7 +53,9 @@ def on_module(delta: LowRankDelta, module: nn.Module) -> LowRankDelta:
 
     Embeddings that scale their output (Gemma, BART) scale the adapter's part as well, as PEFT does.
     """
-    weight = module.get_parameter("weight")
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"the weight of a {type(module).__name__} is a {type(weight).__name__}, expected a tensor")
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     scale = getattr(module, "embed_scale", None)
     if delta.kind == "embedding" and scale is not None:

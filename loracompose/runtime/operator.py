@@ -11,6 +11,7 @@ from torch import Tensor
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext, SparseGate
 from loracompose.runtime.forms import BankForm, GatheredForm, GroupBank, SharedForm
+from loracompose.runtime.grouped import GroupedForm, kernels_run
 from loracompose.runtime.machine import DEFAULT, Machine
 from loracompose.runtime.plan import Form, Wanted, active_pays, choose_form
 from loracompose.runtime.rows import RowUse
@@ -162,10 +163,15 @@ class StaticGroup:
         with torch.inference_mode(False), torch.no_grad():
             if self._bank is None:
                 self._bank = GroupBank.build(list(self._deltas.values()), self._use)
-            form: BankForm = SharedForm(self._bank) if kind == "shared" else GatheredForm(self._bank)
-        if seq == 1 or kind == "shared":
+            form = self._build(kind, self._bank)
+        if seq == 1 or kind == "shared" or isinstance(form, GroupedForm):
             self._kept[kind] = form
         return form
+
+    def _build(self, kind: Form, bank: GroupBank) -> BankForm:
+        if kind == "shared":
+            return SharedForm(bank)
+        return GroupedForm(bank) if kernels_run(bank.A.device, bank.A.dtype) else GatheredForm(bank)
 
     def _choose(self, rows: int, seq: int) -> Form:
         if self._form_wanted == "shared" or self._form_wanted == "gathered":

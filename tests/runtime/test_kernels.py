@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loracompose.runtime.grouped import kernels_run
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is made for Linux alone")
+def test_the_triton_form_is_the_pytorch_form_for_unequal_ranks_rows_without_adapters_beams_and_long_passes():
+    """In Triton's interpreter, which is chosen before Triton is imported: hence the process."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.runtime.run_kernels"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert float(process.stdout) < 1e-5
+
+
+def test_the_kernels_never_run_on_a_cpu():
+    assert not kernels_run(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_triton_form_is_chosen_and_equals_the_shared_one():
+    from loracompose.runtime.forms import GroupBank
+    from loracompose.runtime.grouped import GroupedForm
+    from loracompose.runtime.operator import StaticGroup
+    from loracompose.runtime.rows import RowUse
+    from loracompose.runtime.sharing import OpenProduct
+    from tests.runtime.toy import random_delta
+
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+        weights = torch.randn(4, 20) * (torch.rand(4, 20) < 0.4)
+        delta = random_delta(64, 48, ranks=20, weights=weights).to(torch.device("cuda"), dtype)
+        for seq in (1, 33):
+            x = torch.randn(8, seq, 64, device="cuda", dtype=dtype)
+            output = torch.zeros(8, seq, 48, device="cuda", dtype=dtype)
+            run = [
+                StaticGroup({"q": delta}, {"q": delta.weights.cpu()}, OpenProduct(), form=f)
+                for f in ("gathered", "shared")
+            ]
+            got, want = (group.add("q", output, x) for group in run)
+            assert ((got - want).abs().max() / want.abs().max()).item() < tolerance
+        bank = GroupBank.build([delta], RowUse.count([delta.weights.cpu()]))
+        assert isinstance(run[0]._build("gathered", bank), GroupedForm)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from loracompose.composition.delta import LowRankDelta
 from loracompose.runtime.attachment import Add
 from loracompose.runtime.folding import PRECISE, why_not_foldable
+from loracompose.runtime.forms import Workspace
 from loracompose.runtime.machine import DEFAULT, Machine, known_machine
 from loracompose.runtime.operator import RowOperator, StaticGroup, gated_group, static_add
 from loracompose.runtime.plan import Wanted, fold_pays
@@ -52,11 +53,13 @@ class Assembly:
         """What the hook of every module calls."""
         kinds = {path: sharing_kind(path, delta) for path, delta in deltas.items()}
         adders: dict[str, Add] = {}
+        workspace = Workspace()
         for members in share_input(kinds):
             group = {path: deltas[path] for path in members}
             first = group[members[0]]
             if is_static(first):
-                run = StaticGroup(group, weights, slot, form=self.form, machine=self._machine(first))
+                machine = self._machine(first)
+                run = StaticGroup(group, weights, slot, form=self.form, machine=machine, workspace=workspace)
                 adders |= {path: static_add(run, path) for path in members}
             elif first.kind == "linear" and first.gate is not None:
                 adders |= {path: operator.add for path, operator in gated_group(group, slot).items()}

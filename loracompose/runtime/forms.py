@@ -65,6 +65,24 @@ class GroupBank:
         return sum(r * (self.A.shape[1] + B.shape[1]) for r, B in zip(self.use.widest, self.B, strict=True))
 
 
+class Workspace:
+    """One piece of memory for forms that live one after the other, so that each does not ask the system for its own.
+
+    Memory asked for anew comes page by page, which takes longer than gathering into it. Whatever was taken before
+    is overwritten by what is taken next.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
+        """Flat tensors of these sizes, of the dtype and device of another one."""
+        memory, total = self._memory, sum(sizes)
+        if memory is None or len(memory) < total or memory.dtype != like.dtype or memory.device != like.device:
+            memory = self._memory = like.new_empty(total)
+        return list(torch.split(memory[:total], list(sizes)))
+
+
 class SharedForm:
     """One bank for all rows: each multiplies all of it, and weights switch on what is its own."""
 
@@ -118,21 +136,24 @@ class GatheredForm:
     together, beams as well, so a bank is read once however many rows use it.
     """
 
-    def __init__(self, bank: GroupBank) -> None:
+    def __init__(self, bank: GroupBank, workspace: Workspace | None = None) -> None:
+        """Gather the ranks of every composition; into a workspace if the form does not outlive the next."""
         use, place = bank.use, bank.A.device
         self._rows = use.lineup().to(place)
-        starts = [0]
-        for ranks in bank.ranks:
-            starts.append(starts[-1] + ranks)
-        pick_A, B = [], []
-        for (pick, own), ranks, start, B_all in zip(use.picks(), bank.ranks, starts, bank.B, strict=False):
-            # the place after a module's last rank is its rank of zeros in B, and that of the whole group in A
-            pick_A.append(torch.where(pick == ranks, starts[-1], pick + start))
-            gathered = _take(B_all, pick.to(place))  # (distinct, R', d_out)
-            B.append(gathered.mul_(own[..., None].to(place, B_all.dtype)))
-        self._A = _take(bank.A, torch.cat(pick_A, dim=1).to(place)).mT  # (distinct, d_in, R' of all modules)
-        self._B = tuple(B)
         self._parts = _parts(use.widest)
+        picks = use.picks()
+        end, start, in_A = sum(bank.ranks), 0, []
+        for (pick, _), ranks in zip(picks, bank.ranks, strict=True):
+            # the place after a module's last rank is its rank of zeros in B, and that of the whole group in A
+            in_A.append(torch.where(pick == ranks, end, pick + start))
+            start += ranks
+        banks = [bank.A, *bank.B]
+        places = [torch.cat(in_A, dim=1), *(pick for pick, _ in picks)]
+        sizes = [places_of.numel() * of.shape[1] for places_of, of in zip(places, banks, strict=True)]
+        spaces = [None] * len(banks) if workspace is None else workspace.take(sizes, bank.A)
+        A, *B = (_take(of, to.to(place), into) for of, to, into in zip(banks, places, spaces, strict=True))
+        self._A = A.mT  # (distinct, d_in, R' of all modules)
+        self._B = tuple(b.mul_(w[..., None].to(b)) for b, (_, w) in zip(B, picks, strict=True))  # (distinct, R', d_out)
 
     def shrink(self, x: Tensor) -> Tensor:
         """A x with each row's own A, (distinct, places * times * seq, R')."""
@@ -157,6 +178,9 @@ def _rows(bank: Tensor, used: Tensor) -> Tensor:
     return bank if len(used) == len(bank) else bank.index_select(0, used.to(bank.device))
 
 
-def _take(bank: Tensor, pick: Tensor) -> Tensor:
-    """bank[pick], (*pick, width); index_select copies rows several times faster."""
-    return bank.index_select(0, pick.flatten()).view(*pick.shape, -1)
+def _take(bank: Tensor, pick: Tensor, space: Tensor | None) -> Tensor:
+    """bank[pick], (*pick, width), in a space if one is given; index_select copies rows several times faster."""
+    flat = pick.flatten()
+    if space is None:
+        return bank.index_select(0, flat).view(*pick.shape, -1)
+    return torch.index_select(bank, 0, flat, out=space.view(len(flat), -1)).view(*pick.shape, -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext, SparseGate
-from loracompose.runtime.forms import BankForm, GatheredForm, GroupBank, SharedForm
+from loracompose.runtime.forms import BankForm, GatheredForm, GroupBank, SharedForm, Workspace
 from loracompose.runtime.grouped import GroupedForm, kernels_run
 from loracompose.runtime.machine import DEFAULT, Machine
 from loracompose.runtime.plan import Form, Wanted, active_pays, choose_form
@@ -111,6 +111,7 @@ class StaticGroup:
         *,
         form: Wanted = "auto",
         machine: Machine = DEFAULT,
+        workspace: Workspace | None = None,
     ) -> None:
         """Prepare deltas of one width and batch.
 
@@ -120,7 +121,9 @@ class StaticGroup:
             slot: where the product waits for the modules that follow.
             form: "shared" or "gathered" for one form always.
             machine: what the plan counts with.
+            workspace: memory of forms that are not kept, for all groups of one slot.
         """
+        self._workspace = workspace
         self._deltas, self._weights, self._slot = dict(deltas), weights, slot
         self._form_wanted, self._machine = form, machine
         self._member = {path: i for i, path in enumerate(deltas)}
@@ -144,12 +147,21 @@ class StaticGroup:
         product = self._shared.product(path, x)
         if product is None:
             if path not in self._alone:
-                one = {path: self._deltas[path]}
-                form, machine = self._form_wanted, self._machine
-                self._alone[path] = StaticGroup(one, self._weights, self._slot, form=form, machine=machine)
+                self._alone[path] = self._part(path)
             return self._alone[path].add(path, output, x)
         prepared, h = product
         return prepared.add(self._member[path], h, output)
+
+    def _part(self, path: str) -> StaticGroup:
+        """A group of one module, for one that reads what its siblings do not."""
+        return StaticGroup(
+            {path: self._deltas[path]},
+            self._weights,
+            self._slot,
+            form=self._form_wanted,
+            machine=self._machine,
+            workspace=self._workspace,
+        )
 
     def _shrink(self, x: Tensor) -> tuple[BankForm, Tensor]:
         form = self._form(x.shape[0], x.shape[1])
@@ -160,18 +172,22 @@ class StaticGroup:
         if kind in self._kept:
             return self._kept[kind]
         # What is made in inference mode could not be used outside of it, where an attachment may still run.
+        own_memory = seq == 1 or torch.is_grad_enabled()  # gradients would read a workspace when it holds another form
         with torch.inference_mode(False), torch.no_grad():
             if self._bank is None:
                 self._bank = GroupBank.build(list(self._deltas.values()), self._use)
-            form = self._build(kind, self._bank)
+            form = self._build(kind, self._bank, None if own_memory else self._workspace)
         if seq == 1 or kind == "shared" or isinstance(form, GroupedForm):
             self._kept[kind] = form
         return form
 
-    def _build(self, kind: Form, bank: GroupBank) -> BankForm:
+    def _build(self, kind: Form, bank: GroupBank, workspace: Workspace | None = None) -> BankForm:
         if kind == "shared":
             return SharedForm(bank)
-        return GroupedForm(bank) if kernels_run(bank.A.device, bank.A.dtype) else GatheredForm(bank)
+        if kernels_run(bank.A.device, bank.A.dtype):
+            return GroupedForm(bank)
+        # A form that is not kept is reached through the slot alone, which holds one product at a time.
+        return GatheredForm(bank, workspace)
 
     def _choose(self, rows: int, seq: int) -> Form:
         if self._form_wanted == "shared" or self._form_wanted == "gathered":

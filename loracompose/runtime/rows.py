@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ class RowUse:
     @classmethod
     def count(cls, weights: Sequence[Tensor]) -> RowUse:
         """What is used, by the weights of every module, (batch, R) each, on the CPU."""
-        beside = torch.cat([w.detach().double() for w in weights], dim=1) + 0.0  # -0.0 is 0
+        beside = torch.cat([w.detach() for w in weights], dim=1) + 0.0  # -0.0 is 0
+        exact = beside if beside.dtype in (torch.float32, torch.float64) else beside.float()
         seen: dict[bytes, int] = {}
-        row_of = [seen.setdefault(row.tobytes(), len(seen)) for row in beside.numpy()]
+        row_of = [seen.setdefault(row.tobytes(), len(seen)) for row in exact.numpy()]
         first = torch.tensor([row_of.index(i) for i in range(len(seen))])
         used = tuple((w != 0).any(dim=0).nonzero().flatten() for w in weights)
         kept = tuple(w.detach()[first][:, u] for w, u in zip(weights, used, strict=True))
@@ -44,7 +46,7 @@ class RowUse:
         """How many compositions differ."""
         return len(self.weights[0])
 
-    @property
+    @cached_property
     def widest(self) -> tuple[int, ...]:
         """For every module the most ranks that one composition uses, at least 1."""
         return tuple(max(1, int((w != 0).sum(dim=1).max())) if w.numel() else 1 for w in self.weights)
@@ -56,11 +58,12 @@ class RowUse:
         """
         found = []
         for w, widest in zip(self.weights, self.widest, strict=True):
-            ranks = w.shape[1]
-            padded = torch.cat([w, w.new_zeros(len(w), widest)], dim=1)  # so that there are enough to pick from
-            pick = torch.argsort((padded == 0).to(torch.int8), dim=1, stable=True)[:, :widest]
-            own = padded.gather(1, pick)
-            found.append((torch.where(own == 0, ranks, pick), own))
+            row, rank = w.nonzero(as_tuple=True)  # row by row
+            counts = torch.bincount(row, minlength=len(w))
+            nth = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]  # place of a rank within its row
+            pick, own = torch.full((len(w), widest), w.shape[1]), w.new_zeros(len(w), widest)
+            pick[row, nth], own[row, nth] = rank, w[row, rank]
+            found.append((pick, own))
         return found
 
     def lineup(self) -> Lineup:

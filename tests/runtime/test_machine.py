@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loracompose import diagnosis
-from loracompose.models import pick_device, pick_dtype
+from loracompose.devices import pick_device, pick_dtype
 from loracompose.runtime.machine import DEFAULT, Machine, calibrate, known_machine, machine_file, save_machine
 
 CPU = torch.device("cpu")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext
 from loracompose.runtime import operator
-from loracompose.runtime.forms import GatheredForm, GroupBank, SharedForm
+from loracompose.runtime.forms import GatheredForm, GroupBank, SharedForm, Workspace
 from loracompose.runtime.operator import RowOperator, StaticGroup
 from loracompose.runtime.rows import RowUse
 from loracompose.runtime.sharing import OpenProduct
@@ -55,8 +56,9 @@ def dense(delta: LowRankDelta, x: Tensor) -> Tensor:
     return torch.stack([row @ updates[i // times].mT for i, row in enumerate(hot)])
 
 
-def group(deltas: dict[str, LowRankDelta], **settings: object) -> StaticGroup:
-    return StaticGroup(deltas, {path: d.weights for path, d in deltas.items()}, OpenProduct(), **settings)  # type: ignore[arg-type]
+def group(deltas: dict[str, LowRankDelta], slot: OpenProduct | None = None, **settings: Any) -> StaticGroup:
+    settings.setdefault("workspace", Workspace())
+    return StaticGroup(deltas, {path: d.weights for path, d in deltas.items()}, slot or OpenProduct(), **settings)
 
 
 def bank(*deltas: LowRankDelta) -> GroupBank:
@@ -109,6 +111,25 @@ def test_a_form_of_decoding_steps_is_built_once_and_kept_and_one_of_long_passes_
             run.add("q", output.expand(20, seq, 9), given_input(delta, seq=seq))
         run.add("q", output.repeat(2, 1, 1), given_input(delta, times=2, seq=1))
     assert built.call_count == 3
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_groups_that_take_turns_do_not_disturb_each_other(gradients: bool):
+    """They gather into the same memory; gradients need what was there."""
+    weights = torch.eye(5, dtype=torch.float64)[:3]
+    deltas = {path: random_delta(12, WIDTHS[path], weights=weights, seed=i) for i, path in enumerate(WIDTHS)}
+    slot, workspace = OpenProduct(), Workspace()
+    first = group({"q": deltas["q"], "v": deltas["v"]}, slot, form="gathered", workspace=workspace)
+    second = group({"k": deltas["k"]}, slot, form="gathered", workspace=workspace)
+    x = given_input(deltas["q"]).requires_grad_(gradients)
+    with torch.set_grad_enabled(gradients):
+        for path, run in (("q", first), ("k", second), ("v", first), ("k", second)):
+            got = run.add(path, torch.zeros(3, 3, WIDTHS[path], dtype=torch.float64), x)
+            assert torch.allclose(got, dense(deltas[path], x), atol=1e-12)
+            if gradients:
+                (was,) = torch.autograd.grad(got.sum(), x, retain_graph=True)
+                (want,) = torch.autograd.grad(dense(deltas[path], x).sum(), x)
+                assert torch.allclose(was, want, atol=1e-12)
 
 
 def test_an_embedding_is_looked_up_in_the_bank_of_all_rows():

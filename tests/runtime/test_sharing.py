@@ -87,6 +87,19 @@ def test_a_buffer_that_is_filled_anew_is_multiplied_anew(mode: Any):
                 assert torch.allclose(got, wanted, atol=1e-12)
 
 
+def test_a_module_that_runs_again_on_a_buffer_filled_anew_is_not_given_what_it_was_given():
+    """Inference tensors do not count their changes."""
+    model, on = Attention(), deltas()
+    with torch.inference_mode(), attach(model, on):
+        buffer = inputs(1)
+        model.q_proj(buffer)
+        model.k_proj(buffer)
+        buffer.copy_(inputs(2))
+        got = model.k_proj(buffer)
+        want = expected(Attention(), on, [("k_proj", buffer)])[0]
+    assert torch.allclose(got, want, atol=1e-12)
+
+
 def test_a_tensor_changed_between_two_modules_is_multiplied_again():
     model, on, changed = Attention(), deltas(), inputs(1)
     with torch.no_grad(), attach(model, on):

@@ -35,6 +35,17 @@ class Fold:
         return np.repeat(np.arange(len(self.held)), [len(part) for part in self.held])
 
 
+@dataclass(frozen=True, eq=False)
+class View:
+    """A channel that compares vectors: those of the examples of each adapter, each (examples, width), and how.
+
+    `fits`: given the vectors kept of each adapter and those of queries, (queries, K).
+    """
+
+    groups: Sequence[NDArray[np.float32]]
+    fits: Callable[[Sequence[NDArray[np.float32]], NDArray[np.float32]], Floats]
+
+
 def phrasing_folds(profiles: Sequence[Sequence[Keys]]) -> list[Fold]:
     """Folds that hold out one phrasing of every adapter each; an adapter with a single example is always kept.
 
@@ -71,23 +82,21 @@ def phrasings(profile: Sequence[Keys]) -> NDArray[np.int64]:
 def held_out_scores(
     folds: Sequence[Fold],
     profiles: Sequence[Sequence[Keys]],
-    features: Sequence[NDArray[np.float32]],
-    meanings: Sequence[Callable[[Sequence[NDArray[np.float32]], NDArray[np.float32]], Floats]],
+    views: Sequence[View],
 ) -> tuple[list[Floats], NDArray[np.int64]]:
-    """The scores of held-out examples by each channel of meaning and by the lexicon, each (queries, K); own columns.
+    """The scores of held-out examples in each view and by the lexicon, each (queries, K); own columns.
 
     Args:
         folds: of `phrasing_folds`.
         profiles: as there.
-        features: of the examples of each adapter, (examples, width).
-        meanings: channels: given the features kept of each adapter and those of queries, (queries, K).
+        views: channels that compare vectors.
     """
-    scores: list[list[Floats]] = [[] for _ in range(len(meanings) + 1)]
+    scores: list[list[Floats]] = [[] for _ in range(len(views) + 1)]
     for fold in folds:
-        kept = [group[part] for group, part in zip(features, fold.kept, strict=True)]
-        queries = np.concatenate([group[part] for group, part in zip(features, fold.held, strict=True)])
-        for channel, found in zip(meanings, scores, strict=False):
-            found.append(channel(kept, queries))
+        for view, found in zip(views, scores, strict=False):
+            kept = [group[part] for group, part in zip(view.groups, fold.kept, strict=True)]
+            queries = np.concatenate([group[part] for group, part in zip(view.groups, fold.held, strict=True)])
+            found.append(view.fits(kept, queries))
         lexicon = Lexicon(tuple(tuple(p[i] for i in part) for p, part in zip(profiles, fold.kept, strict=True)))
         texts = [p[i] for p, part in zip(profiles, fold.held, strict=True) for i in part]
         scores[-1].append(np.stack([lexicon.scores(keys) for keys in texts]))

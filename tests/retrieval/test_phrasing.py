@@ -4,7 +4,7 @@ import numpy as np
 
 from loracompose.retrieval.discriminant import Discriminant, Spectrum, Statistics
 from loracompose.retrieval.lexicon import Lexicon, ngram_keys, read_profile
-from loracompose.retrieval.phrasing import GROUPS, held_out_scores, phrasing_folds, phrasings
+from loracompose.retrieval.phrasing import GROUPS, View, held_out_scores, phrasing_folds, phrasings
 
 TEMPLATES = [
     "Translate to French: the {}",
@@ -49,7 +49,7 @@ def test_channels_score_what_is_held_out_from_what_is_kept_alone():
         return np.array([[float(q @ group.mean(axis=0)) for group in kept] for q in queries])
 
     folds = phrasing_folds(profiles())
-    (meaning, wording), own = held_out_scores(folds, profiles(), groups, [channel])
+    (meaning, wording), own = held_out_scores(folds, profiles(), [View(groups, channel)])
     row = 0
     for fold in folds:
         for adapter, held in enumerate(fold.held):
@@ -68,7 +68,7 @@ def test_channels_score_what_is_held_out_from_what_is_kept_alone():
 def test_a_pool_of_single_examples_has_nothing_to_hold_out():
     single = [read_profile(ONE), read_profile(["Another"])]
     groups = [np.ones((1, 2), dtype=np.float32)] * 2
-    (meaning, wording), own = held_out_scores(phrasing_folds(single), single, groups, [lambda kept, queries: None])
+    (meaning, wording), own = held_out_scores(phrasing_folds(single), single, [View(groups, lambda kept, queries: None)])
     assert meaning.shape == wording.shape == (0, 2)
     assert len(own) == 0
 

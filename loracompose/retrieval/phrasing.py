@@ -78,7 +78,7 @@ def phrasings(profile: Sequence[Keys]) -> NDArray[np.int64]:
     apart = _distances(profile, linked)
     tree = average(apart[linked][np.triu_indices(len(linked), 1)])
     labels = np.asarray(cut_tree(tree, min(GROUPS, count))[:, 0], dtype=np.int64)
-    found = labels[apart.argmin(axis=1)]
+    found: NDArray[np.int64] = labels[apart.argmin(axis=1)]
     found[linked] = labels  # where equal examples are nearest to each other
     return found
 

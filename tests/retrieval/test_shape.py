@@ -5,7 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loracompose import AdapterIndex
 from loracompose.retrieval.shape import SHAPE_WIDTH, sentences, shape, shapes
+from loracompose.retrieval.snapshot import take_snapshot
+from tests.retrieval.material import make_adapter
 
 ONE = "The canal, which was dug in 1843, joins the two rivers near the old mill."
 TWO = "The canal was dug in 1843. It joins the two rivers near the old mill."
@@ -72,3 +75,50 @@ def test_every_property_is_in_its_range_for_any_text(text):
 def test_shapes_are_the_shape_of_each_text_and_none_of_no_text():
     np.testing.assert_array_equal(shapes([ONE, TWO]), [shape(ONE), shape(TWO)])
     assert shapes([]).shape == (0, SHAPE_WIDTH)
+
+
+def subjects(sentences, seed):
+    """Texts of so many sentences, of the same words whatever their number."""
+    rng = np.random.default_rng(seed)
+    words = [" ".join(rng.choice(["mill", "canal", "river", "tower", "bridge"], 6)).capitalize() for _ in range(2)]
+    return ". ".join(words) + "." if sentences == 2 else ", and ".join(words) + "."
+
+
+@pytest.fixture
+def index(tmp_path, embedder):
+    """Two adapters whose prompts share their words and differ in the instruction and in the number of sentences."""
+    orders = {"split": ("Split: {}", "{}\nIn two, please."), "fuse": ("Fuse: {}", "{}\nIn one, please.")}
+    for name, frames in orders.items():
+        texts = [frames[i % 2].format(subjects(1 + (name == "fuse"), i)) for i in range(12)]
+        make_adapter(tmp_path / "pool" / name, texts)
+    with AdapterIndex.build(tmp_path / "pool", tmp_path / "index", embedder=embedder) as built:
+        yield built
+
+
+def test_a_prompt_of_an_unseen_phrasing_is_found_by_the_shape_of_its_subject(index):
+    asked = [f"Kindly rephrase.\n{subjects(1 + i % 2, 100 + i)}" for i in range(10)]
+    found = index.search(asked, k=1)
+    names = [found.for_prompt(row)[0].card.name for row in range(len(asked))]
+    assert names == ["split", "fuse"] * 5
+    assert index.explain(asked[0]).candidates[0].decisive == "shape"
+
+
+def test_statistics_of_shapes_follow_what_comes_and_goes(index, tmp_path):
+    index.search(["x"])
+    make_adapter(tmp_path / "more" / "rhyme", ["a rhyme on moon?", "a rhyme on sea?", "and one on tree!"])
+    index.add(tmp_path / "more" / "rhyme")
+    index.search(["x"])
+    index.remove("split")
+    index.search(["x"])
+    changed = index._snapshot
+    rebuilt = take_snapshot(index.catalog, tmp_path / "elsewhere.faiss")
+    for mine, expected in zip(changed.statistics, rebuilt.statistics, strict=True):
+        np.testing.assert_array_equal(mine.counts, expected.counts)
+        np.testing.assert_allclose(mine.sums, expected.sums, atol=1e-5)
+        np.testing.assert_allclose(mine.scatter, expected.scatter, atol=1e-5)
+
+
+def test_what_an_earlier_release_fitted_without_shapes_is_not_used(index):
+    generation = index.catalog.generation
+    index.catalog.note("fitted", generation, '{"weights": [1.0, 1.0, 1.0]}')
+    assert len(index.explain("Split: this").candidates[0].channels) == 4

@@ -133,8 +133,31 @@ RETRIEVAL_ROWS = {
     "meaning: a closed-form discriminant": "meaning",
     "edges: the same on openings and closings": "edges",
     "wording: evidence of n-grams": "wording",
-    "**hybrid of the three, the default**": "hybrid",
+    "shape: sentences, words and marks of the subject": "shape",
+    "the first three channels": "meaning + edges + wording",
+    "**hybrid of the four, the default**": "hybrid",
 }
+
+RETRIEVAL_DOC_ROWS = {
+    "meaning": "meaning",
+    "shape": "shape",
+    "meaning and shape": "meaning + shape",
+    "without shape": "meaning + edges + wording",
+    "all four": "hybrid",
+}
+
+
+def test_the_retrieval_pages_numbers_are_those_of_the_results():
+    results = [
+        json.loads((ROOT / "benchmarks" / "results" / f"retrieval_{name}.json").read_text())
+        for name in ("flan48", "tasks", "tasks_60")
+    ]
+    page = (ROOT / "docs" / "retrieval.md").read_text(encoding="utf-8").split("own adapter first", 1)[1]
+    for title, scoring in RETRIEVAL_DOC_ROWS.items():
+        flan48, *tasks = [result["scorings"][scoring] for result in results]
+        parts = [flan48["all"], *(task[part] for task in tasks for part in ("seen", "unseen"))]
+        cells = " | ".join(f"{part['hit']['1']['share']:.1f}" for part in parts)
+        assert f"| {title} | {cells} |" in page
 
 
 def test_the_readmes_retrieval_numbers_are_those_of_the_results():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from loracompose.benchmarks.retrieval_data import RetrievalData
 from loracompose.retrieval.discriminant import Spectrum, Statistics
 from loracompose.retrieval.embedding import Embedder, edges, features, instructed, representation, whole
-from loracompose.retrieval.fitting import Fitted, HeldOut, Spectra, fit, hold_out
-from loracompose.retrieval.hybrid import CHANNELS, Hybrid, Queries, fit_weights
+from loracompose.retrieval.fitting import Fitted, HeldOut, Shaped, Spectra, choose, fitted_hybrid, hold_out
+from loracompose.retrieval.hybrid import CHANNELS, Queries, fit_weights
 from loracompose.retrieval.lexicon import Lexicon, tokens
+from loracompose.retrieval.shape import SHAPE_WIDTH, shapes
 from loracompose.retrieval.tables import Settings
 from loracompose.retrieval.weighting import log_softmax
 
@@ -60,16 +61,16 @@ def score(data: RetrievalData, profiles: NDArray[np.float32], queries: NDArray[n
     spectra = Spectra(*(Spectrum.of(Statistics.of([half(g) for g in groups], width)) for half in (whole, edges)))
     lexicon = Lexicon.of(texts)
     means = np.stack([representation(group, name) for name, group in zip(data.profiles, groups, strict=True)])
-    fitted = fit(means, groups, spectra, lexicon)
-    hybrid = Hybrid(*spectra.discriminants(fitted), lexicon, fitted.weights)
+    forms = Spectrum.of(Statistics.of([shapes(group) for group in texts], SHAPE_WIDTH))
+    held = hold_out(groups, spectra, lexicon, Shaped(forms, texts))
+    fitted = choose(means, groups, held)
+    hybrid = fitted_hybrid(spectra, lexicon, forms, fitted)
     seconds = time.perf_counter() - start
     start = time.perf_counter()
     for i, prompt in enumerate(data.prompts):
         log_softmax(hybrid.fits(queries[i : i + 1], [prompt]))
     milliseconds = 1000 * (time.perf_counter() - start) / len(data.prompts)
-    bare = Hybrid(hybrid.discriminant, hybrid.edges, lexicon, (1.0, 1.0, 1.0))
-    channels = bare.channels(queries, data.prompts)
-    held = hold_out(groups, range(len(groups)), spectra, lexicon)
+    channels = replace(hybrid, weights=(1.0,) * len(CHANNELS)).channels(queries, data.prompts)
     plain = np.stack([group.mean(axis=0) for group in groups])[:, : profiles.shape[1] // 4]
     fits = {
         "random": np.random.default_rng(0).random((len(data.prompts), len(texts))),
@@ -98,8 +99,9 @@ def bm25(examples: Sequence[Sequence[str]], prompts: Sequence[str], k1: float = 
 
 
 def _subsets() -> list[tuple[str, ...]]:
-    first, second, third = CHANNELS
-    return [(first,), (second,), (third,), (first, second), (first, third)]
+    meaning, edge, wording, shape = CHANNELS
+    alone = [(name,) for name in CHANNELS]
+    return [*alone, (meaning, edge), (meaning, wording), (meaning, shape), (meaning, edge, wording)]
 
 
 def _sum(names: Sequence[str], channels: Mapping[str, Floats], held: HeldOut) -> Floats:

@@ -94,7 +94,7 @@ def explain_candidates(
         features: of the prompt, (1, width).
         cards: of the adapters.
         examples: embeddings of the examples of one of them, (examples, width).
-        shares: what each channel adds to their fits, (channels, N).
+        shares: what each channel, the first so many of `CHANNELS`, adds to their fits, (channels, N).
         lexicon: of the adapters.
         typicality: of the prompt.
         k: at least 1.
@@ -110,7 +110,7 @@ def explain_candidates(
             Candidate(
                 card=cards[row],
                 score=float(scores[row]),
-                channels={name: float(value) for name, value in zip(CHANNELS, ahead[:, row], strict=True)},
+                channels={name: float(value) for name, value in zip(CHANNELS, ahead[:, row], strict=False)},
                 decisive=_decisive(shares[:, row], shares[:, rivals[0]]) if rivals else "",
                 nearest=_nearest(examples(row), cards[row], features),
                 wordings=_wordings(lexicon, prompt, row),

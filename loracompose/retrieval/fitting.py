@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from loracompose.retrieval.discriminant import Discriminant, Spectrum, Statistics, fit_discriminant, own_columns
 from loracompose.retrieval.embedding import edges, instructed, whole
-from loracompose.retrieval.hybrid import Queries, fit_weights
+from loracompose.retrieval.hybrid import Hybrid, Queries, fit_weights
 from loracompose.retrieval.lexicon import Lexicon
-from loracompose.retrieval.phrasing import held_out_scores, phrasing_folds
+from loracompose.retrieval.phrasing import View, held_out_scores, phrasing_folds
+from loracompose.retrieval.shape import shapes
 from loracompose.retrieval.weighting import fit_temperature, held_out_cosines
 
 Floats = NDArray[np.float64]
@@ -31,17 +32,19 @@ class Fitted:
     """What was chosen: plain numbers, so that a catalog can note them.
 
     `shrinkage` of the discriminant of whole prompts and `spread`, the temperature of its distances; the same of the
-    `edges`; `weights` of the channels; `mean_temperature` for cosines with means; `calibration`, for each scoring the
-    best fit of each held-out example, ascending.
+    `edges` and of the `shape`; `weights` of the channels, three where a pool has no shapes; `mean_temperature` for
+    cosines with means; `calibration`, for each scoring the best fit of each held-out example, ascending.
     """
 
     shrinkage: float
     spread: float
     edges_shrinkage: float
     edges_spread: float
-    weights: tuple[float, float, float]
+    weights: tuple[float, ...]
     mean_temperature: float
     calibration: Mapping[str, Sequence[float]]
+    shape_shrinkage: float = 1.0
+    shape_spread: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,57 +54,60 @@ class Spectra:
     whole: Spectrum
     edges: Spectrum
 
-    def discriminants(self, fitted: Fitted) -> tuple[Discriminant, Discriminant]:
-        """Of the whole prompts and of their edges, as fitted."""
-        return (
-            Discriminant.of(self.whole, fitted.shrinkage, fitted.spread),
-            Discriminant.of(self.edges, fitted.edges_shrinkage, fitted.edges_spread),
-        )
+
+@dataclass(frozen=True, eq=False)
+class Shaped:
+    """The spectrum of the shapes of all examples, and the example prompts of each adapter."""
+
+    spectrum: Spectrum
+    prompts: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Examples as the channels score them when they are held out, and what of the discriminants that needed.
+    """Examples of these rows of a pool as the channels score them when they are held out, and what that needed.
 
-    `seen`: one by one; `anew`: with all of their phrasing (`phrasing.py`). `whole`, `edges`: shrinkage and spread.
+    `seen`: one by one; `anew`: with all of their phrasing (`phrasing.py`). `chosen`: shrinkage and spread of each
+    discriminant: of whole prompts, of their edges, and of their shapes where there are any.
     """
 
+    rows: Sequence[int]
     seen: Queries
     anew: Queries
-    whole: tuple[float, float]
-    edges: tuple[float, float]
+    chosen: Sequence[tuple[float, float]]
 
 
-def hold_out(examples: Examples, rows: Sequence[int], spectra: Spectra, lexicon: Lexicon) -> HeldOut:
-    """Score the examples of some adapters of a pool, each held out, by every channel of the hybrid.
+def hold_out(examples: Examples, spectra: Spectra, lexicon: Lexicon, shaped: Shaped | None = None) -> HeldOut:
+    """Score examples of adapters of a pool, each held out, by every channel: of all adapters, or of some of many.
 
     Args:
-        examples: features of the examples of these adapters, each (examples, width).
-        rows: the row of the pool that each of them is.
-        spectra: of the whole pool.
-        lexicon: of the whole pool.
+        examples: features of the examples of all K adapters, each (examples, width).
+        spectra: of the same examples.
+        lexicon: of the same examples.
+        shaped: of the same examples; None where the pool has no shapes.
     """
-    texts, ends = [whole(group) for group in examples], [edges(group) for group in examples]
-    of_texts, of_ends = fit_discriminant(spectra.whole, texts, rows), fit_discriminant(spectra.edges, ends, rows)
-    channels = [
-        _held_out(spectra.whole, texts, rows, *of_texts),
-        _held_out(spectra.edges, ends, rows, *of_ends),
-        lexicon.held_out(rows),
-    ]
+    step = -(-sum(len(group) for group in examples) // _EXAMPLES) or 1
+    rows = range(0, len(examples), step)
+    groups = [examples[row] for row in rows]
+    seen = [(spectra.whole, [whole(group) for group in groups]), (spectra.edges, [edges(group) for group in groups])]
+    if shaped is not None:
+        seen.append((shaped.spectrum, [shapes(shaped.prompts[row]) for row in rows]))
+    chosen = [fit_discriminant(spectrum, vectors, rows) for spectrum, vectors in seen]
+    singly = [_held_out(*view, rows, *found) for view, found in zip(seen, chosen, strict=True)]
     profiles = [lexicon.profiles[row] for row in rows]
-    scores, own = held_out_scores(
-        phrasing_folds(profiles),
-        profiles,
-        examples,
-        [
-            lambda kept, queries: _fits([whole(group) for group in kept], whole(queries), *of_texts),
-            lambda kept, queries: _fits([edges(group) for group in kept], edges(queries), *of_ends),
-        ],
+    views = [_view(vectors, *found) for (_, vectors), found in zip(seen, chosen, strict=True)]
+    (*together, words), own = held_out_scores(phrasing_folds(profiles), profiles, views)
+    return HeldOut(
+        rows,
+        Queries(_ordered(singly, lexicon.held_out(rows)), own_columns(groups, rows)),
+        Queries(_ordered(together, words), own, UNSEEN),
+        chosen,
     )
-    return HeldOut(Queries(channels, own_columns(examples, rows)), Queries(scores, own, UNSEEN), of_texts, of_ends)
 
 
-def fit(means: NDArray[np.float32], examples: Examples, spectra: Spectra, lexicon: Lexicon) -> Fitted:
+def fit(
+    means: NDArray[np.float32], examples: Examples, spectra: Spectra, lexicon: Lexicon, shaped: Shaped | None = None
+) -> Fitted:
     """Choose everything for a pool of K adapters.
 
     Args:
@@ -109,31 +115,53 @@ def fit(means: NDArray[np.float32], examples: Examples, spectra: Spectra, lexico
         examples: features of their examples, each (examples, width).
         spectra: of the same examples.
         lexicon: of the same examples.
+        shaped: of the same examples; None leaves the shape out.
     """
-    step = -(-sum(len(group) for group in examples) // _EXAMPLES) or 1
-    rows = range(0, len(examples), step)
-    sample = [examples[row] for row in rows]
-    under = [instructed(group) for group in sample]
-    held = hold_out(sample, rows, spectra, lexicon)
-    meaning, edge, wording = fit_weights([held.seen, held.anew])
-    texts, ends, words = held.seen.channels
-    cosines, _ = held_out_cosines(means, under, rows)
+    return choose(means, examples, hold_out(examples, spectra, lexicon, shaped))
+
+
+def choose(means: NDArray[np.float32], examples: Examples, held: HeldOut) -> Fitted:
+    """As `fit`, where the examples are already held out."""
+    under = [instructed(examples[row]) for row in held.rows]
+    weights = fit_weights([held.seen, held.anew])
+    cosines, _ = held_out_cosines(means, under, held.rows)
+    total = sum(weight * part for weight, part in zip(weights, held.seen.channels, strict=True))
     calibration = {
-        "hybrid": _best(meaning * texts + edge * ends + wording * words),
-        "discriminant": _best(texts),
+        "hybrid": _best(np.asarray(total)),
+        "discriminant": _best(held.seen.channels[0]),
         "mean": _best(cosines.astype(np.float64)),
     }
-    temperature = fit_temperature(means, under, rows)
-    return Fitted(*held.whole, *held.edges, (meaning, edge, wording), temperature, calibration)
+    temperature = fit_temperature(means, under, held.rows)
+    first, second, *third = held.chosen
+    return Fitted(*first, *second, weights, temperature, calibration, *(third[0] if third else ()))
+
+
+def fitted_hybrid(spectra: Spectra, lexicon: Lexicon, shape: Spectrum, fitted: Fitted) -> Hybrid:
+    """The hybrid as fitted; the spectra and the lexicon are of the whole pool."""
+    return Hybrid(
+        Discriminant.of(spectra.whole, fitted.shrinkage, fitted.spread),
+        Discriminant.of(spectra.edges, fitted.edges_shrinkage, fitted.edges_spread),
+        lexicon,
+        Discriminant.of(shape, fitted.shape_shrinkage, fitted.shape_spread),
+        fitted.weights,
+    )
+
+
+def _ordered(vectors: Sequence[Floats], words: Floats) -> list[Floats]:
+    """In the order of `CHANNELS`."""
+    return [*vectors[:2], words, *vectors[2:]]
 
 
 def _held_out(spectrum: Spectrum, groups: Examples, rows: Sequence[int], shrinkage: float, spread: float) -> Floats:
     return spectrum.held_out([group @ spectrum.axes for group in groups], rows, shrinkage) / spread
 
 
-def _fits(kept: Examples, queries: NDArray[np.float32], shrinkage: float, spread: float) -> Floats:
-    statistics = Statistics.of(kept, queries.shape[1])
-    return Discriminant.directly(statistics, shrinkage, spread).fits(queries)
+def _view(groups: Examples, shrinkage: float, spread: float) -> View:
+    def fits(kept: Examples, queries: NDArray[np.float32]) -> Floats:
+        statistics = Statistics.of(kept, queries.shape[1])
+        return Discriminant.directly(statistics, shrinkage, spread).fits(queries)
+
+    return View(groups, fits)
 
 
 def _best(fits: Floats) -> list[float]:

@@ -1,7 +1,8 @@
-"""Three channels in one posterior: what a prompt means, what stands at its edges, and how it is worded.
+"""Four channels in one posterior: what a prompt means, what stands at its edges, how it is worded, and its shape.
 
 Two discriminants compare embeddings, of whole prompts and of their openings and closings, where templates put their
-instruction; the lexicon compares wordings. Their scores are added with weights under which held-out examples choose
+instruction; the lexicon compares wordings, and a third discriminant the shape of the subject (`shape.py`), which no
+change of phrasing touches. Their scores are added with weights under which held-out examples choose
 their own adapter with the best likelihood. No gate is needed: evidence of the lexicon that a prompt lacks is evidence
 that is not added, see `lexicon.py`.
 """
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 from loracompose.retrieval.discriminant import Discriminant
 from loracompose.retrieval.embedding import edges, whole
 from loracompose.retrieval.lexicon import Lexicon, ngram_keys
+from loracompose.retrieval.shape import shapes
 from loracompose.retrieval.weighting import log_softmax
 
 Floats = NDArray[np.float64]
 
-CHANNELS = ("meaning", "edges", "wording")
+CHANNELS = ("meaning", "edges", "wording", "shape")
+"""Large pools have the first three: there is no shape among what a version keeps (`scale/`)."""
 
 _PRIOR = 1e-3
 """Precision of the weights around 0: where every held-out example is right, likelihood alone has no maximum."""
@@ -31,13 +34,14 @@ _PRIOR = 1e-3
 class Hybrid:
     """The fitted sum of the channels; `weights` one a channel, in the order of `CHANNELS`.
 
-    `discriminant` compares whole prompts, `edges` their openings and closings.
+    `discriminant` compares whole prompts, `edges` their openings and closings, `shape` the shapes of their subjects.
     """
 
     discriminant: Discriminant
     edges: Discriminant
     lexicon: Lexicon
-    weights: tuple[float, float, float]
+    shape: Discriminant
+    weights: tuple[float, ...]
 
     def fits(self, features: NDArray[np.float32], prompts: Sequence[str]) -> Floats:
         """How well prompts and their features, (batch, width), fit each adapter, (batch, K).
@@ -49,7 +53,8 @@ class Hybrid:
     def channels(self, features: NDArray[np.float32], prompts: Sequence[str]) -> Mapping[str, Floats]:
         """What each channel adds to the fit, each (batch, K)."""
         words = np.stack([self.lexicon.scores(ngram_keys(prompt)) for prompt in prompts])
-        parts = (self.discriminant.fits(whole(features)), self.edges.fits(edges(features)), words)
+        meaning, edge = self.discriminant.fits(whole(features)), self.edges.fits(edges(features))
+        parts = (meaning, edge, words, self.shape.fits(shapes(prompts)))
         return {name: weight * part for name, weight, part in zip(CHANNELS, self.weights, parts, strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""The edges of a prompt: templates put their instruction first or last, and what lies between is its subject."""
+"""The parts of a prompt: templates put their instruction at the edges, and what lies between is its subject."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ WORDS = 16
 """Words of an edge at most."""
 
 _WORD = re.compile(r"\S+")
+_LABEL = re.compile(r"^[^.:?!\n]{1,120}: ")
+_QUOTED = re.compile(r'"([^"]+)"')
 _BREAK = re.compile(r"\n+|: ")  # a line break, or a label such as "Question: "
 
 
@@ -23,3 +25,16 @@ def closing(text: str) -> str:
     last = text.strip().rsplit("\n", maxsplit=1)[-1]
     words = list(_WORD.finditer(last))
     return last[words[-WORDS].start() :] if len(words) > WORDS else last
+
+
+def subject(text: str) -> str:
+    """What the prompt is about, as far as its form tells: the longest line, without quotes or a label around it.
+
+    Quotes and labels leave more than half of the line; else they are parts of the subject themselves.
+    """
+    line = max(text.strip().split("\n"), key=len)
+    quoted = max(_QUOTED.findall(line), key=len, default="")
+    if 2 * len(quoted) > len(line):
+        return str(quoted)
+    labelled = _LABEL.sub("", line, count=1)
+    return labelled if 2 * len(labelled) > len(line) else line

@@ -25,12 +25,13 @@ from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog, Entry, Settings
 from loracompose.retrieval.discriminant import Spectrum, Statistics
 from loracompose.retrieval.embedding import edges, representation, whole
-from loracompose.retrieval.fitting import Fitted, Spectra, fit
+from loracompose.retrieval.fitting import Fitted, Shaped, Spectra, fit, fitted_hybrid
 from loracompose.retrieval.hybrid import Hybrid
 from loracompose.retrieval.lexicon import Keys, Lexicon, read_profile
 from loracompose.retrieval.scoring import Scoring
+from loracompose.retrieval.shape import SHAPE_WIDTH, shapes
 
-VECTORS_KEY, FITTED_KEY = "vectors", "fitted"
+VECTORS_KEY, FITTED_KEY = "vectors", "fitted with shapes"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Snapshot:
     """The adapters of one generation, and all that searches derive from them.
 
     `vectors` is a faiss.IndexFlatIP whose row i represents entries[i]; `examples[i]` are the stored embeddings of its
-    examples, (examples, width); `statistics` are of whole prompts and of their edges.
+    examples, (examples, width); `statistics` are of whole prompts, of their edges and of their shapes.
     """
 
     generation: int
@@ -46,7 +47,7 @@ class Snapshot:
     entries: tuple[Entry, ...]
     vectors: Any
     examples: tuple[NDArray[np.float32], ...]
-    statistics: tuple[Statistics, Statistics]
+    statistics: tuple[Statistics, Statistics, Statistics]
     hybrid: Hybrid
     fitted: Fitted
 
@@ -101,12 +102,14 @@ def take_snapshot(catalog: Catalog, file: Path, previous: Snapshot | None = None
         vectors.add(_matrix(entries, examples, settings, previous))
         _keep_vectors(catalog, generation, file, vectors)
     statistics = _statistics(entries, examples, settings, previous)
-    spectra, lexicon = Spectra(*map(Spectrum.of, statistics)), _lexicon(entries, previous)
+    first, second, third = map(Spectrum.of, statistics)
+    spectra, lexicon = Spectra(first, second), _lexicon(entries, previous)
     if fitted is None:
-        fitted = json.dumps(asdict(fit(all_vectors(vectors), examples, spectra, lexicon)))
+        shaped = Shaped(third, [entry.card.examples for entry in entries])
+        fitted = json.dumps(asdict(fit(all_vectors(vectors), examples, spectra, lexicon, shaped)))
         catalog.note(FITTED_KEY, generation, fitted)
     chosen = Fitted(**json.loads(fitted))
-    hybrid = Hybrid(*spectra.discriminants(chosen), lexicon, chosen.weights)
+    hybrid = fitted_hybrid(spectra, lexicon, third, chosen)
     return Snapshot(generation, settings, entries, vectors, examples, statistics, hybrid, chosen)
 
 
@@ -189,19 +192,22 @@ def _statistics(
     examples: tuple[NDArray[np.float32], ...],
     settings: Settings,
     previous: Snapshot | None,
-) -> tuple[Statistics, Statistics]:
+) -> tuple[Statistics, Statistics, Statistics]:
     """The previous statistics without what has gone and with what has come, which stands at the end."""
     known = previous.entries if previous is not None else ()
-    before = previous.statistics if previous is not None else (Statistics.of((), settings.width // 2),) * 2
+    nothing = Statistics.of((), settings.width // 2)
+    before = previous.statistics if previous is not None else (nothing, nothing, Statistics.of((), SHAPE_WIDTH))
     present, past = {entry.id for entry in entries}, {entry.id for entry in known}
     gone = [row for row, entry in enumerate(known) if entry.id not in present]
-    come = [group for entry, group in zip(entries, examples, strict=True) if entry.id not in past]
+    come = [row for row, entry in enumerate(entries) if entry.id not in past]
     left = [previous.examples[row] for row in gone] if previous is not None else []
+    new = [examples[row] for row in come]
     first, second = (
-        old.removing(gone, [half(group) for group in left]).adding([half(group) for group in come])
-        for old, half in zip(before, (whole, edges), strict=True)
+        old.removing(gone, [half(group) for group in left]).adding([half(group) for group in new])
+        for old, half in zip(before[:2], (whole, edges), strict=True)
     )
-    return first, second
+    without = before[2].removing(gone, [shapes(known[row].card.examples) for row in gone])
+    return first, second, without.adding([shapes(entries[row].card.examples) for row in come])
 
 
 def _lexicon(entries: tuple[Entry, ...], previous: Snapshot | None) -> Lexicon:

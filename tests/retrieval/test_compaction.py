@@ -8,6 +8,7 @@ import pytest
 from loracompose import AdapterIndex
 from loracompose.retrieval.embedding import CallableEmbedder
 from loracompose.retrieval.locking import locked
+from loracompose.retrieval.snapshot import FITTED_KEY, VECTORS_KEY
 from loracompose.retrieval.upkeep import content_digest
 from tests.retrieval.material import bag_of_words, contents, make_adapter
 
@@ -53,7 +54,7 @@ def test_only_derived_values_of_earlier_generations_are_dropped(index):
         other.execute("INSERT INTO derived VALUES ('old', ?, 'dropped')", (now - 1,))
     index.compact()
     rows = index.catalog.database.rows("SELECT key, generation FROM derived ORDER BY key")
-    assert rows == [("fitted", now), ("of mine", now), ("vectors", now)]
+    assert rows == [(FITTED_KEY, now), ("of mine", now), (VECTORS_KEY, now)]
 
 
 def test_a_copy_that_is_being_entered_is_not_taken_for_a_leftover(pool, tmp_path):

@@ -46,7 +46,7 @@ def test_weights_stay_finite_where_every_held_out_example_is_right():
 def test_with_nothing_to_fit_all_channels_count_alike():
     assert fit_weights([Queries([np.zeros((0, 3))] * 2, np.zeros(0, dtype=np.int64))]) == (1.0, 1.0)
     assert fit_weights([Queries([np.zeros((2, 1))] * 3, np.zeros(2, dtype=np.int64))]) == (1.0, 1.0, 1.0)
-    assert len(CHANNELS) == 3
+    assert len(CHANNELS) == 4
 
 
 def test_of_three_channels_one_that_misleads_does_not_silence_the_others():

@@ -9,6 +9,7 @@ import pytest
 
 from loracompose import AdapterIndex
 from loracompose.retrieval.embedding import CallableEmbedder, features
+from loracompose.retrieval.snapshot import FITTED_KEY
 from loracompose.retrieval.upkeep import content_digest
 from tests.retrieval.material import TASKS, assert_alike, bag_of_words, contents, make_adapter
 
@@ -98,7 +99,7 @@ def test_what_is_derived_is_derived_anew(index, tmp_path, harm):
     elif harm == "damaged":
         file.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
     else:
-        edit(index, "UPDATE derived SET value = '{\"of\": \"another time\"}' WHERE key = 'fitted'")
+        edit(index, f"UPDATE derived SET value = '{{\"of\": \"another time\"}}' WHERE key = '{FITTED_KEY}'")
     report = index.repair()
     assert [problem.kind for problem in report.mended] == ["derived"]
     assert report.ok

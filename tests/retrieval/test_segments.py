@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracompose.retrieval.segments import WORDS, closing, opening
+from loracompose.retrieval.segments import WORDS, closing, opening, subject
 
 LONG = " ".join(f"w{i}" for i in range(40))
 
@@ -31,3 +31,28 @@ def test_edges_are_parts_of_the_text_of_few_words_and_never_blank_where_the_text
         assert edge in text
         assert len(edge.split()) <= WORDS
         assert bool(edge.strip()) == bool(text.strip())
+
+
+@pytest.mark.parametrize(
+    ("text", "about"),
+    [
+        ("Split this.\nThe mill was old and the canal was new.", "The mill was old and the canal was new."),
+        ("Sentence fusion: The mill was old. It burnt.", "The mill was old. It burnt."),
+        ('Say "The mill was old and grey." in German?', "The mill was old and grey."),
+        ('He called it " home " and nothing else would do.', 'He called it " home " and nothing else would do.'),
+        ("Which area is it: now?", "Which area is it: now?"),
+        ("name: The Mill, area: riverside", "The Mill, area: riverside"),
+        ("  one  ", "one"),
+        ("", ""),
+        ('""', '""'),
+    ],
+)
+def test_the_subject_is_the_longest_line_without_a_short_label_or_quotes_around_it(text, about):
+    assert subject(text) == about
+
+
+@given(st.text('ab ":\n', max_size=40))
+def test_the_subject_is_a_part_of_the_text_and_more_than_half_of_its_longest_line(text):
+    found = subject(text)
+    assert found in text
+    assert 2 * len(found) >= max(map(len, text.strip().split("\n")))

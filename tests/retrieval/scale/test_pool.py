@@ -18,7 +18,7 @@ from loracompose.retrieval.scale.making import CancelledError, make_version
 from loracompose.retrieval.scale.pool import Bound, LargePool
 from loracompose.retrieval.scale.version import KINDS, file_of, load_version
 from loracompose.retrieval.weighting import log_softmax
-from tests.retrieval.scale.material import EMBEDDER, PROMPTS, card, enter, make_index
+from tests.retrieval.scale.material import EMBEDDER, PROMPTS, card, enter, make_index, without_shapes
 
 ALL = 100
 
@@ -28,7 +28,7 @@ def large(tmp_path, seeds=range(30), name="large"):
 
 
 def small(tmp_path, seeds=range(30), name="small"):
-    return make_index(tmp_path / name, seeds, exact_limit=1000)
+    return without_shapes(make_index(tmp_path / name, seeds, exact_limit=1000))
 
 
 def assert_same(found, expected):

@@ -144,9 +144,7 @@ def test_a_curve_is_shown_with_its_points_and_the_difference_of_its_best_to_its_
 def test_blocks_are_filled_in_their_places_and_again_without_change():
     document = "# A\n<!-- one: begin -->\nold\n<!-- one: end -->\ntext\n<!-- two: begin -->\n<!-- two: end -->\n"
     once = fill(document, {"one": "1", "two": "2"})
-    assert once == (
-        "# A\n<!-- one: begin -->\n1\n<!-- one: end -->\ntext\n<!-- two: begin -->\n2\n<!-- two: end -->\n"
-    )
+    assert once == ("# A\n<!-- one: begin -->\n1\n<!-- one: end -->\ntext\n<!-- two: begin -->\n2\n<!-- two: end -->\n")
     assert fill(once, {"one": "1", "two": "2"}) == once
     with pytest.raises(ValueError, match="three: begin"):
         fill(document, {"three": "3"})

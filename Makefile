@@ -1,11 +1,11 @@
-# demo, test, lint, bench: each works in an empty clone. PYTHON and PIP_ARGS may be set, for example
+# demo, test, lint, bench, notebooks: each works in an empty clone. PYTHON and PIP_ARGS may be set, for example
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   (no CUDA build of torch)
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench notebooks clean
 
 demo: .venv/installed
 	$(BIN)/python index/build.py index/pool demo-index --overwrite
@@ -20,6 +20,11 @@ lint: .venv/installed
 # make bench DATA=folder: how often a prompt's own adapter is among the first k
 bench: .venv/installed
 	$(BIN)/loracompose bench retrieval --data $(DATA)
+
+# run all notebooks and keep what they print and draw
+notebooks: .venv/installed
+	$(BIN)/jupyter execute --inplace --NotebookClient.coalesce_streams=True --NotebookClient.record_timing=False notebooks/*.ipynb
+	$(BIN)/ruff format notebooks
 
 clean:
 	rm -rf .venv demo-index

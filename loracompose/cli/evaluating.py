@@ -155,9 +155,14 @@ def report(
     results: Annotated[Path, typer.Argument(help="JSON file that `eval run` wrote.")],
     html: Annotated[Path | None, typer.Option(help="Write one HTML file with tables and figures.")] = None,
     readme: Annotated[Path | None, typer.Option(help="Put the table between the markers of this document.")] = None,
+    guide: Annotated[Path | None, typer.Option(help="Fill the blocks of this document: which method when.")] = None,
+    curves: Annotated[
+        list[Path] | None, typer.Option(help="JSON file of sensitivity studies, for --guide; may be repeated.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show results, write the HTML report, or bring the table of a document up to date."""
+    """Show results, write the HTML report, or bring the tables of documents up to date."""
+    from loracompose.evaluation import guide as choosing
     from loracompose.evaluation.report import write_report
     from loracompose.evaluation.results import read_results, write_whole
     from loracompose.evaluation.summary import markdown, put_between_markers, summarise
@@ -169,9 +174,12 @@ def report(
     if readme is not None:
         document = readme.read_text(encoding="utf-8")
         write_whole(readme, put_between_markers(document, markdown(found, summaries)))
+    if guide is not None:
+        blocks = choosing.guide(found, [curve for file in curves or () for curve in choosing.read_curves(file)])
+        write_whole(guide, choosing.fill(guide.read_text(encoding="utf-8"), blocks))
     _show(found, summaries, as_json)
     if not as_json:
-        for file in (html, readme):
+        for file in (html, readme, guide):
             if file is not None:
                 tables.console().print(f"written: {escape(str(file))}")
 

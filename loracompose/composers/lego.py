@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -11,14 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loracompose.composers.base import Factors, Scope, rewrite_rows
-from loracompose.composition.bank import RankBank
-from loracompose.composition.clustering import kmeans
+from loracompose.composition.bank import RankBank, select_banks
+from loracompose.composition.clustering import Clustering, kmeans
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.grouping import ModuleGroup, group_modules
 from loracompose.composition.linalg import canonical
 from loracompose.composition.settings import check_count
 
 CLUSTERING_BYTES = 1 << 26  # budget of one (G, n_init, R, k) tensor of the clustering, in float64
+
+
+@dataclass(frozen=True, eq=False)
+class RankClusters:
+    """Which ranks of one module were merged with which.
+
+    Attributes:
+        owner: adapter of each rank, a column of the weights, (R,); ranks in the order of the bank.
+        labels: cluster of each rank, (R,) int64 in 0..k-1.
+    """
+
+    owner: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -93,22 +106,47 @@ class Lego:
         """One rebuilt adapter per distinct row of weights."""
         return rewrite_rows(banks, weights, self._rewrite)
 
+    def clusters(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, RankClusters]:
+        """The clusters that `compose` averages for one row of weights (K,), per module; for looking at.
+
+        With canonical units, rank j of an adapter is its j-th singular direction.
+        """
+        members = weights.nonzero().flatten()
+        found: dict[str, RankClusters] = {}
+        for part, k in self._parts(select_banks(banks, members.tolist())):
+            _, _, order, clusters = self._cluster(part, weights[members], k)
+            labels = torch.empty_like(clusters.labels).scatter(1, order, clusters.labels)  # (G, R)
+            of_member = members[list(part.members)]
+            owner = of_member.repeat_interleave(torch.tensor(part.ranks, device=of_member.device))  # (R,)
+            found |= {module: RankClusters(owner, own) for module, own in zip(part.modules, labels, strict=True)}
+        return found
+
     def _rewrite(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
         composed: dict[str, Factors] = {}
+        for part, k in self._parts(banks):
+            composed |= part.unstack(*self._rebuild(part, weights, k))
+        return composed
+
+    def _parts(self, banks: Mapping[str, RankBank]) -> Iterator[tuple[ModuleGroup, int]]:
+        """Modules that are clustered at once, with their k."""
         for group in group_modules(banks):
             k = min(max(group.ranks) if self.k is None else self.k, group.total_rank)
             bytes_per_module = self.n_init * group.total_rank * max(k, 1) * 8
             for part in group.split(max(1, CLUSTERING_BYTES // max(bytes_per_module, 1))):
-                composed |= part.unstack(*self._rebuild(part, weights, k))
-        return composed
+                yield part, k
 
-    def _rebuild(self, group: ModuleGroup, weights: Tensor, k: int) -> Factors:
-        units, share = self._pool(group, weights)  # (G, R, d_in + d_out), (G, R)
+    def _cluster(self, group: ModuleGroup, weights: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Clustering]:
+        """Units (G, R, d_in + d_out), shares (G, R) and places in the pool (G, R), sorted by content; the clusters."""
+        units, share, order = self._pool(group, weights)
         features = unit_halves(units, group.d_in) if self.units == "normalised" else units
         features = features.double()
-        clusters = kmeans(
+        found = kmeans(
             features @ features.mT, share.double(), k, n_init=self.n_init, max_iter=self.max_iter, seed=self.seed
         )
+        return units, share, order, found
+
+    def _rebuild(self, group: ModuleGroup, weights: Tensor, k: int) -> Factors:
+        units, share, _, clusters = self._cluster(group, weights, k)
         member = F.one_hot(clusters.labels, k).to(units) * share[..., None]  # (G, R, k)
         mass = member.sum(dim=1)  # (G, k)
         average = (member / torch.where(mass > 0, mass, 1.0)[:, None]).mT  # (G, k, R)
@@ -120,8 +158,8 @@ class Lego:
             counts = counts * (group.total_rank / len(group.ranks) / k) ** 0.5
         return centroids[..., : group.d_in], centroids[..., group.d_in :].mT * counts[:, None]
 
-    def _pool(self, group: ModuleGroup, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The units (G, R, d_in + d_out) and their shares of a mean (G, R), sorted by content."""
+    def _pool(self, group: ModuleGroup, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The units (G, R, d_in + d_out), their shares of a mean (G, R) and where they stood (G, R), by content."""
         if self.units == "canonical":
             group = canonical_group(group)
         A, B = group.pooled()
@@ -133,7 +171,7 @@ class Lego:
         units = own_sign(torch.cat([A, B.mT], dim=-1))
         share = share.expand(units.shape[:2])
         order = content_order(units, share)
-        return units.gather(1, order[..., None].expand_as(units)), share.gather(1, order)
+        return units.gather(1, order[..., None].expand_as(units)), share.gather(1, order), order
 
 
 def canonical_group(group: ModuleGroup) -> ModuleGroup:

@@ -8,6 +8,7 @@ import torch
 from loracompose.adapters.lora import Adapter, LoraFactors
 from loracompose.composers import compose
 from loracompose.composers.lego import Lego
+from loracompose.composition.bank import gather_banks
 from tests.composers.pool import (
     SHAPES,
     close,
@@ -214,6 +215,15 @@ def test_canonical_units_do_not_depend_on_the_factorisation_and_raw_ones_do():
     assert same_updates(compose(pool, WEIGHTS, canonical), compose(gauged, WEIGHTS, canonical), 1e-8)
     assert not same_updates(compose(pool, WEIGHTS, raw), compose(gauged, WEIGHTS, raw), 0.01)
     assert not Lego.gauge_invariant
+
+
+def test_the_clusters_it_shows_are_those_it_averages_in_the_order_of_the_bank():
+    adapters, _ = clustered()
+    banks = gather_banks([zero_adapter(), *adapters])
+    (found,) = PLAIN.clusters(banks, torch.tensor([0.0, 0.5, 0.7, 0.4], dtype=torch.float64)).values()
+    assert found.owner.tolist() == [1 + owner for owner in OWNERS]  # the adapter of weight 0 is no member
+    same = found.labels[:, None] == found.labels
+    assert torch.equal(same, torch.tensor(KINDS)[:, None] == torch.tensor(KINDS))
 
 
 def test_modules_in_one_batch_compose_as_they_would_alone():

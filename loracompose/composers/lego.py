@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loracompose.composers.base import Factors, Scope, rewrite_rows
+from loracompose.composers.base import Factors, RowWise, Scope, rewrite_rows
 from loracompose.composition.bank import RankBank
 from loracompose.composition.clustering import kmeans
 from loracompose.composition.delta import LowRankDelta
@@ -22,7 +22,7 @@ CLUSTERING_BYTES = 1 << 26  # budget of one (G, n_init, R, k) tensor of the clus
 
 
 @dataclass(frozen=True)
-class Lego:
+class Lego(RowWise):
     """delta_W = √(r/k) Σ_j m_j b̄_j ā_j, with (ā_j, b̄_j) the centroids of k clusters of the pooled ranks.
 
     A rank is a minimal semantic unit u = [a; b]; per module the units of all members are pooled and clustered by
@@ -91,9 +91,10 @@ class Lego:
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One rebuilt adapter per distinct row of weights."""
-        return rewrite_rows(banks, weights, self._rewrite)
+        return rewrite_rows(banks, weights, self.compose_row)
 
-    def _rewrite(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+    def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+        """The adapter rebuilt from the centroids of one row."""
         composed: dict[str, Factors] = {}
         for group in group_modules(banks):
             k = min(max(group.ranks) if self.k is None else self.k, group.total_rank)

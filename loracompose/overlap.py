@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -23,7 +23,7 @@ def one_ahead(make: Callable[[Item], Value], items: Iterable[Item]) -> Generator
     """
     background = ThreadPoolExecutor(1, thread_name_prefix="one-ahead")
     try:
-        ahead = None
+        ahead: Future[Value] | None = None
         for item in items:
             present = None if ahead is None else (ahead.result(),)
             ahead = background.submit(make, item)

@@ -19,10 +19,10 @@ from loracompose.composition.sparsity import (
     check_sparsity,
     drop_out,
     elect_and_average,
-    magnitude_thresholds,
     mask_stream,
     trim,
 )
+from loracompose.composition.thresholds import magnitude_thresholds
 
 Aligned = tuple[Tensor, list[Tensor]]  # U (d_out, q) and each member's coordinates (q, d_in) of one module
 

@@ -170,7 +170,7 @@ def main() -> None:
             "seconds_per_set": every_composer(arguments.composers.split(","), arguments.repeats),
         }
     text = json.dumps(report, indent=1)
-    print(text)  # noqa: T201
+    print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n")
 

@@ -71,18 +71,24 @@ def elect_and_average(updates: Sequence[Tensor], weights: Sequence[float], mass:
         weights: one per member, any sign, none 0.
         mass: factor of the mean, Σ|w_i| over the members of the row.
     """
+    # Signs and relu instead of comparisons and where: on a CPU these run several times as fast, and are as exact.
     up, down, for_up, for_down = (torch.zeros_like(updates[0]) for _ in range(4))
     for update, w in zip(updates, weights, strict=True):
         vote = w * update
-        positive = vote.clamp(min=0)
+        positive = vote.relu()
+        negative = positive - vote
         up += positive
-        down += positive.sub_(vote)
-        for_up.add_(vote > 0, alpha=abs(w))
-        for_down.add_(vote < 0, alpha=abs(w))
+        down += negative
+        for_up.add_(positive.sign_(), alpha=abs(w))
+        for_down.add_(negative.sign_(), alpha=abs(w))
     votes = up - down
-    votes *= votes.abs() > 64 * torch.finfo(votes.dtype).eps * (up + down)  # a sum of rounding errors elects nobody
-    mean = torch.where(votes > 0, up, -down) / torch.where(votes > 0, for_up, for_down)
-    return torch.where(votes == 0, torch.zeros_like(mean), mass * mean)
+    # a sum of rounding errors elects nobody
+    sure = votes.abs().sub_(up + down, alpha=64 * torch.finfo(votes.dtype).eps).sign_().relu_()
+    sign = votes.sign_().mul_(sure)  # -1, 0 or 1
+    pro, con = sign.relu(), (-sign).relu_()
+    total = (up * pro).sub_(down * con)
+    share = (for_up * pro).add_(for_down * con).add_(1 - sure)
+    return total.div_(share).mul_(mass)
 
 
 def add_up(updates: Sequence[Tensor], weights: Sequence[float], mass: float) -> Tensor:

@@ -53,44 +53,38 @@ def magnitude_thresholds(sweep: Sweep, sizes: Sequence[int], density: float, dty
 
 @dataclass(eq=False)
 class _Bracket:
-    """Magnitudes from low to high, and what was counted about them.
+    """Magnitudes above low and up to high, and what was counted about them.
 
     Attributes:
         low: lower end, which is not inside.
-        high: upper end, which is not inside.
+        high: upper end, which is.
         above: entries larger than `high`.
-        at: entries equal to `high`.
         kept: number of entries inside.
-        inside: these entries, none once they are too many.
+        inside: these entries, up to the first block with which they are too many.
     """
 
     low: float
     high: float
     above: int = 0
-    at: int = 0
     kept: int = 0
     inside: list[Tensor] = field(default_factory=list)
 
     def take(self, magnitudes: Tensor) -> None:
         """Count some magnitudes, and keep those inside."""
-        from_high = int(torch.count_nonzero(magnitudes >= self.high))
-        above = int(torch.count_nonzero(magnitudes > self.high)) if from_high else 0
-        self.above, self.at = self.above + above, self.at + from_high - above
+        over = (magnitudes - self.high).sign_().relu_()  # 1 above, 0 elsewhere: faster than a comparison on a CPU
+        self.above += int(over.sum(dtype=torch.float64))
         if self.kept <= MOST:
-            self.inside.append(magnitudes[(magnitudes > self.low) & (magnitudes < self.high)])
+            within = (magnitudes - self.low).sign_().relu_().sub_(over).flatten()
+            self.inside.append(magnitudes.flatten()[within.nonzero()[:, 0]])
             self.kept += self.inside[-1].numel()
 
     def select(self, place: int) -> float | None:
         """The magnitude at a place counted from the largest, from 1; None if it is not known to be here."""
         place -= self.above
-        if place < 1 or self.kept > MOST:
-            return None
-        if place <= self.at:
-            return self.high
-        if place - self.at > self.kept:
+        if not 1 <= place <= self.kept <= MOST:
             return None
         inside = torch.cat(self.inside)
-        return float(inside.kthvalue(inside.numel() - (place - self.at) + 1).values)
+        return float(inside.kthvalue(inside.numel() - place + 1).values)
 
 
 def _sampled_brackets(sweep: Sweep, sizes: Sequence[int], places: Sequence[int], dtype: torch.dtype) -> list[_Bracket]:
@@ -99,7 +93,7 @@ def _sampled_brackets(sweep: Sweep, sizes: Sequence[int], places: Sequence[int],
     seen = [0 for _ in sizes]
     for adapter, entries in sweep():
         flat, stride = entries.flatten(), strides[adapter]
-        samples[adapter].append(flat[-seen[adapter] % stride :: stride].to(dtype))
+        samples[adapter].append(flat[-seen[adapter] % stride :: stride].to(dtype, copy=True))  # lets the block go
         seen[adapter] += flat.numel()
     return [
         _bracket(torch.cat(sample).abs(), place / size) if size else _Bracket(0.0, 0.0)

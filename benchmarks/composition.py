@@ -1,7 +1,7 @@
-"""What composing one set of three adapters costs, beside the tools that others use: `python benchmarks/composition.py`.
+"""What composing one set of three adapters costs, beside what others use: `python benchmarks/composition.py`.
 
-Random adapters of ranks 16, 8 and 8 on all seven linear modules of every layer, at the widths of SmolLM2-135M. Times are
-processor time of one thread, so that they mean something on a machine that others use; contenders alternate, the
+Random adapters of ranks 16, 8 and 8 on all seven linear modules of every layer, at the widths of SmolLM2-135M. Times
+are processor time of one thread, so that they mean something on a machine that others use; contenders alternate, the
 median of the repeats is reported, and equality of results is checked before anything is timed. scikit-learn and PEFT
 run on two layers of the thirty and are scaled up by 15.
 """
@@ -15,6 +15,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def every_composer(names: list[str], repeats: int) -> dict[str, float]:
     for name in names:
         composer = COMPOSERS[name]()
         composer.compose(banks, weights)
-        found[name] = statistics.median(seconds(lambda: composer.compose(banks, weights)) for _ in range(repeats))
+        found[name] = statistics.median(seconds(partial(composer.compose, banks, weights)) for _ in range(repeats))
     return found
 
 

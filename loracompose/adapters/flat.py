@@ -37,8 +37,7 @@ def read_flat(layout: AdapterLayout, dtype: torch.dtype) -> tuple[Tensor, dict[s
     flat = torch.empty(size // stored.itemsize, dtype=stored)
     with open_regular(layout.weights) as file:
         file.seek(os.fstat(file.fileno()).st_size - size)
-        buffer = memoryview(flat.view(torch.uint8).numpy())
-        if file.readinto(buffer) != size:
+        if file.readinto(flat.view(torch.uint8).numpy().data) != size:
             raise ValueError(f"{layout.name}: {layout.weights} was cut short while it was read; try again")
     flat = flat.to(dtype)
     factors = {}

@@ -107,5 +107,5 @@ def fingerprint(factors: Mapping[str, LoraFactors]) -> str:
             head = f"{module}\0{f.kind}\0{tuple(tensor.shape)}\0{tensor.dtype}\0"
             digest.update(head.encode())
             if tensor.numel():
-                digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))  # no copy
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)  # no copy
     return digest.hexdigest()

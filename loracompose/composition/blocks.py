@@ -30,7 +30,7 @@ Blocks = Callable[[], Iterable[Block]]  # makes the blocks of all rows anew, in 
 
 def chunks(groups: Sequence[ModuleGroup], block_bytes: int) -> list[ModuleGroup]:
     """Groups cut so that the updates of each fit in the budget and, on a CPU, its cache, or it is a single module."""
-    parts = []
+    parts: list[ModuleGroup] = []
     for group in groups:
         room = min(block_bytes, CHUNK_BYTES) if group.A[0].device.type == "cpu" else block_bytes
         parts += group.split(max(1, room // (_row_bytes(group) * group.d_out)))

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from loracompose.adapters.store import AdapterStore
+from loracompose.batching import Budget, budget_of, plan_batches, prompt_bar, set_of
 from loracompose.composers import Composer, get_composer
 from loracompose.composers.base import router_of
+from loracompose.composers.recall import row_wise
+from loracompose.composition.cache import CompositionCache
 from loracompose.composition.router import Router, load_router
 from loracompose.decoding import check_prefill, decoding_settings
-from loracompose.fitness import check_router
+from loracompose.fitness import check_router, composer_for_call
 from loracompose.lookup import look_up
-from loracompose.membership import AdapterSet, Row, from_hand, from_retrieval
+from loracompose.membership import AdapterSet, Row, from_hand, from_retrieval, rounded
 from loracompose.models import DEFAULT_BASE, BaseModel, open_base
-from loracompose.prompts import Prompt, encode_prompts, user_text
+from loracompose.overlap import one_ahead
+from loracompose.prompts import Prompt, encode_prompts, prompt_lengths, user_text
 from loracompose.request import Request, prepare
 from loracompose.retrieval.filtering import Exclude, Where
 from loracompose.retrieval.index import AdapterIndex
 from loracompose.retrieval.result import Retrieval
 from loracompose.retrieval.retriever import Retriever
-from loracompose.runtime.attach import attach, model_lock
-from loracompose.runtime.attachment import Attachment
+from loracompose.running import answer, running
 from loracompose.streaming import stream_pieces
 from loracompose.trace import Generation
 
 __all__ = ["Engine", "Generation"]
 
-BATCH = 32  # rows that run together if the caller does not say
 STORE_BYTES = 2**31
+CACHE_BYTES = 2**29
 
 
 @dataclass(eq=False)
@@ -53,12 +54,14 @@ class Engine:
         composer: used unless a call names another.
         store: where adapters are read and kept.
         retriever: finds adapters for prompts; None if every call gives its sets by hand.
+        cache: what composers that rewrite ranks made of sets of adapters.
     """
 
     base: BaseModel
     composer: Composer
     store: AdapterStore
     retriever: Retriever | None = None
+    cache: CompositionCache = field(default_factory=CompositionCache)
 
     @classmethod
     def from_pretrained(
@@ -72,6 +75,8 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         router: str | Path | Router | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        store_bytes: int = STORE_BYTES,
+        cache_bytes: int = CACHE_BYTES,
     ) -> Engine:
         """Load what is named and put it together.
 
@@ -84,6 +89,8 @@ class Engine:
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
             router: what a composer has learned, or its folder; only for composers that learn.
             tokenizer: needed with a model already loaded whose name does not lead to one.
+            store_bytes: of adapters kept in memory.
+            cache_bytes: of composed sets kept in memory; 0 composes each set anew for each batch.
 
         Raises:
             LookupError: a name that leads nowhere, or a router for an adapter that the index does not have.
@@ -101,8 +108,9 @@ class Engine:
             check_router(runs, base, index)
         # Composed in float32 or better and rounded once, to the dtype of the model, when it is put on.
         precise = torch.promote_types(base.dtype, torch.float32)
-        store = AdapterStore(max_bytes=STORE_BYTES, device=base.device, dtype=precise, base=base.model)
-        return cls(base, composer, store, Retriever(index, k=k) if index is not None else None)
+        store = AdapterStore(max_bytes=store_bytes, device=base.device, dtype=precise, base=base.model)
+        retriever = Retriever(index, k=k) if index is not None else None
+        return cls(base, composer, store, retriever, CompositionCache(cache_bytes))
 
     def __enter__(self) -> Engine:
         return self
@@ -111,7 +119,8 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Close the index; closing twice is fine."""
+        """Close the index and forget what was composed; closing twice is fine."""
+        self.cache.clear()
         if self.index is not None:
             self.index.close()
 
@@ -148,20 +157,30 @@ class Engine:
         *,
         max_new_tokens: int | None = 64,
         batch_size: int | None = None,
+        batch_tokens: int | None = None,
         composer: str | Composer | None = None,
         k: int | None = None,
         adapters: Sequence[AdapterSet] | None = None,
         exclude: Exclude | None = None,
         where: Where | None = None,
         progress: bool = False,
+        overlap: bool = False,
         **generate_kwargs: Any,
     ) -> list[Generation]:
         """Answer every prompt, each with its own composition, batch by batch.
 
+        Prompts of like length run together, among those of one length prompts of one set; where all fit in one batch
+        they stay in the order given. An argument that holds something for each row, such as a stopping criterion
+        that counts rows, needs them all in one batch. What is sampled depends on the batches, which are a function
+        of prompts and arguments alone, and on torch's random state, from which nothing but the model draws: after
+        the same `torch.manual_seed` equal calls give equal answers, with `overlap` or without.
+
         Args:
             prompts: strings or lists of chat messages; one string alone is one prompt.
             max_new_tokens: the longest answer in tokens; None leaves it to a `generation_config` or `max_length`.
-            batch_size: prompts that run together; 32 if None.
+            batch_size: prompts that run together at most; 32 if neither this nor `batch_tokens` is given.
+            batch_tokens: tokens that run together at most, rows times (longest prompt + `max_new_tokens`), so that
+                many short prompts share a batch and few long ones do; a prompt beyond it runs alone.
             composer: for this call; the engine's if None. The name of one that learns takes the engine's router,
                 which must be of that method.
             k: adapters to retrieve for a prompt; the retriever's if None.
@@ -170,7 +189,9 @@ class Engine:
                 a folder, or an `Adapter`.
             exclude: names not to retrieve, one collection per prompt.
             where: metadata filter for retrieval.
-            progress: show a progress bar over batches.
+            progress: show a progress bar over prompts.
+            overlap: load and compose the next batch in a thread while this one generates. Off by default: on a CPU
+                both want the same cores.
             **generate_kwargs: passed to the model's `generate` (num_beams, ...). Decoding is greedy unless
                 `do_sample=True` or a `generation_config` says otherwise, whatever the model's own default.
 
@@ -182,20 +203,23 @@ class Engine:
             LookupError: an adapter that the index does not have.
         """
         asked: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-        size = BATCH if batch_size is None else batch_size
-        if size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs)
-        chosen = self._chosen(composer)
+        budget = budget_of(batch_size, batch_tokens, max_new_tokens, settings)
+        chosen = composer_for_call(composer, self.composer, self.base)
         check_prefill(chosen, settings)
-        rows, seconds = self._rows(asked, adapters, k, exclude, where)
-        answers: list[Generation] = []
-        starts = range(0, len(asked), size)
-        for start in track(starts, description="generate", disable=not progress, transient=True):
-            batch = slice(start, start + size)
-            request = self._prepare(asked[batch], rows[batch], chosen, seconds)
-            answers += self._answer(request, settings)
-        return answers
+        rows, seconds = self._rows(asked, chosen, adapters, k, exclude, where)
+        batches = self._batches(asked, rows, budget)
+
+        def make(batch: Sequence[int]) -> Request:
+            return self._prepare([asked[i] for i in batch], [rows[i] for i in batch], chosen, seconds)
+
+        requests = one_ahead(make, batches) if overlap else (make(batch) for batch in batches)
+        answers: dict[int, Generation] = {}
+        with prompt_bar(len(asked), progress) as advance, closing(requests):
+            for batch, request in zip(batches, requests, strict=True):
+                answers.update(zip(batch, answer(self.base, request, settings), strict=True))
+                advance(len(batch))
+        return [answers[i] for i in range(len(asked))]
 
     def stream(
         self,
@@ -224,41 +248,23 @@ class Engine:
         settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs)
         stops = list(settings.pop("stopping_criteria", ()))
         sets = None if adapters is None else [adapters]
-        rows, seconds = self._rows([prompt], sets, k, None if exclude is None else [exclude], where)
-        chosen = self._chosen(composer)
+        chosen = composer_for_call(composer, self.composer, self.base)
         check_prefill(chosen, settings)
+        rows, seconds = self._rows([prompt], chosen, sets, k, None if exclude is None else [exclude], where)
         request = self._prepare([prompt], rows, chosen, seconds)
         inputs = encode_prompts(self.base.tokenizer, [prompt]).to(self.base.device)
 
         def run(streamer: BaseStreamer, stop: StoppingCriteria) -> None:
             criteria = StoppingCriteriaList([*stops, stop])
-            with self._running(request):
+            with running(self.base, request):
                 self.base.model.generate(**inputs, **settings, streamer=streamer, stopping_criteria=criteria)
 
         return stream_pieces(run, self.base.tokenizer)
 
-    def _chosen(self, composer: str | Composer | None) -> Composer:
-        """The composer of one call."""
-        if composer is None:
-            return self.composer
-        router = router_of(self.composer)
-        if isinstance(composer, str) and router is not None and router.method == composer:
-            return get_composer(composer, router)
-        try:
-            chosen = get_composer(composer)
-        except ValueError as error:  # it has learned nothing here
-            held = "has no router" if router is None else f"has a router of {router.method!r}"
-            raise ValueError(
-                f"{error}. This engine {held}: make one with Engine.from_pretrained(..., composer={composer!r}, "
-                "router=FOLDER), or pass the composer itself with its router"
-            ) from None
-        if (learned := router_of(chosen)) is not None and learned is not router:
-            check_router(learned, self.base, None)  # its adapters may be given by hand: each request checks them
-        return chosen
-
     def _rows(
         self,
         prompts: Sequence[Prompt],
+        composer: Composer,
         sets: Sequence[AdapterSet] | None,
         k: int | None,
         exclude: Exclude | None,
@@ -270,7 +276,8 @@ class Engine:
             raise ValueError("there is no prompt to answer: give at least one")
         if sets is None:
             found = self.retrieve(prompts, k=k, exclude=exclude, where=where)
-            return from_retrieval(found), time.perf_counter() - start
+            members = from_retrieval(found)
+            return rounded(members) if row_wise(composer) else members, time.perf_counter() - start
         if k is not None or exclude is not None or where is not None:
             raise ValueError("k, exclude and where steer retrieval; with adapters given by hand there is none")
         return from_hand(sets, len(prompts)), 0.0
@@ -280,27 +287,11 @@ class Engine:
         start = time.perf_counter()
         loaded, identities = look_up(rows, self.store, self.index, self.base.device)
         timings = {"retrieve": seconds, "load": time.perf_counter() - start}
-        return prepare(prompts, rows, loaded, identities, composer, timings, self.base.device)
+        return prepare(prompts, rows, loaded, identities, composer, timings, self.base.device, self.cache)
 
-    def _answer(self, request: Request, settings: Mapping[str, Any]) -> list[Generation]:
-        encoded = encode_prompts(self.base.tokenizer, request.prompts).to(self.base.device)
-        with self._running(request) as attached:
-            start = time.perf_counter()  # the wait for the model is over
-            output = self.base.model.generate(**encoded, **settings)
-            request.timings["generate"] = time.perf_counter() - start
-        texts = self._decode(output, encoded["input_ids"].shape[1])
-        each = len(texts) // len(request.prompts)
-        return [
-            request.answer(i, tuple(texts[i * each : (i + 1) * each]), self.base.name, attached.never_ran)
-            for i in range(len(request.prompts))
-        ]
-
-    @contextmanager
-    def _running(self, request: Request) -> Iterator[Attachment]:
-        model = self.base.model
-        with model_lock(model), torch.inference_mode(), attach(model, request.deltas) as attached:
-            yield attached
-
-    def _decode(self, output: Tensor, prompt_length: int) -> list[str]:
-        answers = output if self.base.model.config.is_encoder_decoder else output[:, prompt_length:]
-        return [str(text) for text in self.base.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    def _batches(self, prompts: Sequence[Prompt], rows: Sequence[Row], budget: Budget) -> list[list[int]]:
+        """The places of the prompts that run together."""
+        if budget.tokens is None and budget.prompts is not None and len(prompts) <= budget.prompts:
+            return [list(range(len(prompts)))]
+        lengths = prompt_lengths(self.base.tokenizer, prompts)
+        return plan_batches(lengths, [set_of(row) for row in rows], budget)

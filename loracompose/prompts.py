@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -66,20 +66,29 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
     Raises:
         ValueError: there is no prompt, or one of them is invalid or empty.
     """
+    encoded = _encode(tokenizer, prompts, padding=True, padding_side="left", return_tensors="pt")
+    _check_lengths(encoded["attention_mask"].sum(dim=1).tolist())
+    return encoded
+
+
+def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[int]:
+    """How many tokens `encode_prompts` makes of each prompt; raises as it does."""
+    lengths = [len(ids) for ids in _encode(tokenizer, prompts)["input_ids"]]
+    _check_lengths(lengths)
+    return lengths
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], **form: Any) -> BatchEncoding:
     if not prompts:
         raise ValueError("there is no prompt to encode: give at least one")
-    encoded = tokenizer(
-        [chat_text(tokenizer, prompt) for prompt in prompts],
-        add_special_tokens=not has_chat_template(tokenizer),
-        padding=True,
-        padding_side="left",
-        return_token_type_ids=False,
-        return_tensors="pt",
-    )
-    lengths = encoded["attention_mask"].sum(dim=1).tolist()
+    texts = [chat_text(tokenizer, prompt) for prompt in prompts]
+    special = not has_chat_template(tokenizer)
+    return tokenizer(texts, add_special_tokens=special, return_token_type_ids=False, **form)
+
+
+def _check_lengths(lengths: Sequence[int]) -> None:
     if 0 in lengths:
         raise ValueError(f"prompt {lengths.index(0)} is empty: the model needs at least one token to continue")
-    return encoded
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -12,7 +12,9 @@ import torch
 from loracompose.adapters.lora import Adapter
 from loracompose.composers import Composer
 from loracompose.composers.base import router_of
+from loracompose.composers.recall import Composition, compose_batch
 from loracompose.composition.bank import content_order, gather_banks
+from loracompose.composition.cache import CompositionCache
 from loracompose.composition.delta import LowRankDelta
 from loracompose.membership import AdapterRef, Row, weight_matrix
 from loracompose.prompts import Prompt
@@ -30,13 +32,24 @@ class Identity:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A batch of prompts with the deltas that answer them, row by row."""
+    """A batch of prompts with the deltas that answer them, row by row.
+
+    Attributes:
+        prompts: the batch.
+        rows: the members of each prompt at the weights that the composer was given.
+        composer: how it was composed.
+        identities: who every reference is.
+        deltas: module path -> delta.
+        recalled: for each prompt, whether its composition was kept from an earlier request.
+        timings: seconds by stage.
+    """
 
     prompts: Sequence[Prompt]
     rows: Sequence[Row]
     composer: Composer
     identities: Mapping[AdapterRef, Identity]
     deltas: Mapping[str, LowRankDelta]
+    recalled: Sequence[bool]
     timings: dict[str, float]
 
     def answer(self, i: int, texts: tuple[str, ...], base_name: str, never_ran: Sequence[str] = ()) -> Generation:
@@ -69,6 +82,7 @@ class Request:
             timings=dict(self.timings),
             notes=tuple(notes),
             added_parameters=self.added_parameters[i],
+            from_cache=self.recalled[i],
         )
 
     @cached_property
@@ -89,6 +103,7 @@ def prepare(
     composer: Composer,
     timings: Mapping[str, float],
     device: torch.device,
+    cache: CompositionCache,
 ) -> Request:
     """Compose the adapters of a batch; adapters are sorted by content, so no result depends on their order.
 
@@ -100,6 +115,7 @@ def prepare(
         composer: how to compose.
         timings: seconds spent so far.
         device: where the weights go.
+        cache: of what was composed before.
 
     Raises:
         LookupError: the composer runs a router that was not trained for one of the adapters.
@@ -108,13 +124,15 @@ def prepare(
     # An adapter given as an object stands for itself: its fingerprint is the caller's word, not checked content.
     keys = {ref: id(ref) if isinstance(ref, Adapter) else (a.fingerprint, a.name) for ref, a in loaded.items()}
     distinct = {keys[ref]: adapter for ref, adapter in loaded.items()}
-    adapters = list(distinct.values())
+    keys_of, adapters = list(distinct), list(distinct.values())
     order = content_order(adapters)
-    place = {key: order.index(i) for i, key in enumerate(distinct)}
+    place = {key: order.index(i) for i, key in enumerate(keys_of)}
     column = {ref: place[key] for ref, key in keys.items()}
     weights = weight_matrix(rows, column, len(adapters)).to(device)  # (batch, K)
     if (router := router_of(composer)) is not None:
         router.check_serves({adapter.fingerprint: adapter.name for adapter in adapters})
     banks = gather_banks([adapters[i] for i in order])
-    deltas = composer.compose(banks, weights) if banks else {}
-    return Request(prompts, rows, composer, identities, deltas, {**timings, "compose": time.perf_counter() - start})
+    known = [isinstance(keys_of[i], tuple) for i in order]
+    made = compose_batch(composer, banks, weights, cache, known) if banks else Composition({}, (False,) * len(rows))
+    timings = {**timings, "compose": time.perf_counter() - start}
+    return Request(prompts, rows, composer, identities, made.deltas, made.recalled, timings)

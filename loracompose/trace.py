@@ -36,9 +36,12 @@ class Generation:
         texts: the answers, one per return sequence.
         composer: repr of the composer, hyper-parameters included.
         adapters: what was retrieved or given, by weight, then by score; empty if the base model answered alone.
-        timings: seconds: `retrieve` of the whole call, `load`, `compose` and `generate` of this prompt's batch.
+        timings: seconds: `retrieve` of the whole call, `load`, `compose` and `generate` of this prompt's batch; with
+            `overlap` the first three of a batch may pass while another one generates.
         notes: anything unusual, such as an adapter made for a base of another name.
         added_parameters: numbers in the A and B of the ranks that ran for this prompt.
+        from_cache: whether the composition was kept from an earlier request instead of being made for this one; False
+            for composers that only weigh or gate ranks.
     """
 
     prompt: Prompt
@@ -48,6 +51,7 @@ class Generation:
     timings: Mapping[str, float] = field(compare=False)
     notes: tuple[str, ...] = ()
     added_parameters: int = 0
+    from_cache: bool = field(default=False, compare=False)
 
     @property
     def text(self) -> str:

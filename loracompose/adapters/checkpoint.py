@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import loracompose
 from loracompose.adapters.base import Base, as_module, check_complete
+from loracompose.adapters.flat import is_flat, read_flat, surely_fits
 from loracompose.adapters.folder import CONFIG, RECIPE, WEIGHTS, read_json_object, write_folder, write_json
 from loracompose.adapters.header import DTYPES
 from loracompose.adapters.layout import PREFIX, AdapterLayout, ModuleLayout, read_layout
@@ -70,24 +71,36 @@ def read_checked(folder: Path, *, base: Base | None, name: str | None) -> Adapte
     return layout
 
 
-def read_adapter(layout: AdapterLayout) -> Adapter:
+def read_adapter(layout: AdapterLayout, *, trusted: bool = False) -> Adapter:
     """The folded factors of a checked layout, on the CPU, in the dtype they are folded in.
+
+    Args:
+        layout: of the folder.
+        trusted: the same files were read and checked before; their values are not looked at again.
 
     Raises:
         ValueError: a value that is not finite, an update too large for the dtype, a file that changed since, or a
             malformed recipe.
     """
-    dtype = adapter_dtype(layout)
-    with _open(layout) as file:
-        factors = {module: _fold(file, layout, own, dtype) for module, own in layout.modules.items()}
-    for module, folded in factors.items():
-        _check_size(layout.name, module, folded)
+    factors = _factors(layout, adapter_dtype(layout), trusted)
     recipe_file = layout.weights.with_name(RECIPE)
     recipe = read_json_object(recipe_file) if recipe_file.exists() else None
     if recipe is not None:
         recipe.pop("versions", None)
     settings = layout.settings
     return Adapter(layout.name, factors, settings.base_model, settings.task_type, recipe)
+
+
+def _factors(layout: AdapterLayout, dtype: torch.dtype, trusted: bool) -> dict[str, LoraFactors]:
+    if is_flat(layout):
+        flat, factors = read_flat(layout, dtype)
+        if trusted or surely_fits(flat, layout):
+            return factors
+    with _open(layout) as file:  # tensor by tensor: what is wrong is said by name
+        factors = {module: _fold(file, layout, own, dtype) for module, own in layout.modules.items()}
+    for module, folded in factors.items():
+        _check_size(layout.name, module, folded)
+    return factors
 
 
 def adapter_dtype(layout: AdapterLayout) -> torch.dtype:
@@ -105,6 +118,8 @@ def convert(adapter: Adapter, device: torch.device | str, dtype: torch.dtype | N
     converted = adapter.to(device, dtype)
     if dtype is not None:
         for module, factors in converted.factors.items():
+            if factors.A.dtype == adapter.factors[module].A.dtype:
+                continue  # checked when it was read
             for side, tensor in (("A", factors.A), ("B", factors.B)):
                 _check_finite(adapter.name, f"{side} of {module}", tensor)
             _check_size(adapter.name, module, factors)

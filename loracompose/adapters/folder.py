@@ -8,8 +8,9 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -18,7 +19,7 @@ PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorc
 MAX_JSON_BYTES = 16_000_000
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """An open binary file, which must be a regular one: a pipe or a device would block or never end.
 
     Raises:

@@ -106,6 +106,6 @@ def fingerprint(factors: Mapping[str, LoraFactors]) -> str:
         for tensor in (f.A, f.B):
             head = f"{module}\0{f.kind}\0{tuple(tensor.shape)}\0{tensor.dtype}\0"
             digest.update(head.encode())
-            raw = tensor.detach().cpu().contiguous().view(torch.uint8) if tensor.numel() else tensor
-            digest.update(raw.numpy().tobytes())
+            if tensor.numel():
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)  # no copy
     return digest.hexdigest()

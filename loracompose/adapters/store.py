@@ -13,6 +13,7 @@ import torch
 from loracompose.adapters.base import Base, as_module
 from loracompose.adapters.checkpoint import adapter_dtype, check_dtype, convert, read_adapter, read_checked
 from loracompose.adapters.folder import CONFIG, WEIGHTS
+from loracompose.adapters.layout import read_layout
 from loracompose.adapters.lora import Adapter
 
 Signature = tuple[tuple[int, int, int], ...]
@@ -64,8 +65,9 @@ class AdapterStore:
     """Adapters by folder, loaded when first asked for and kept, least recently used out first.
 
     A copy is kept for each content, device and dtype, so equal adapters in two folders share one. A folder whose
-    files have the size and time they had when they were read in full is trusted to hold the same; otherwise it is
-    read and hashed again. Safe to use from several threads; simultaneous requests for one adapter make one read.
+    files have the size and time they had when they were read in full is trusted to hold the same and, once its copy was
+    dropped, only read; otherwise it is read, checked and hashed again. A copy that is dropped goes on living where it
+    is used. Safe to use from several threads; simultaneous requests for one adapter make one read.
     A failed read reaches everyone who waited for it and is not remembered.
 
     Args:
@@ -178,12 +180,15 @@ class AdapterStore:
         return adapter
 
     def _load(self, request: _Request) -> Adapter:
-        layout = read_checked(request.folder, base=self._base, name=None)
-        adapter = read_adapter(layout)
-        if _signature(request.folder) != request.signature:
-            raise ChangedAdapterError(f"{request.folder} changed while it was read; try again")
         known = self._known.get(request.folder)
         trusted = known is not None and known.signature == request.signature
+        if trusted:  # held against the base, checked and hashed when it was first read
+            layout = read_layout(request.folder, request.folder.name)
+        else:
+            layout = read_checked(request.folder, base=self._base, name=None)
+        adapter = read_adapter(layout, trusted=trusted)
+        if _signature(request.folder) != request.signature:
+            raise ChangedAdapterError(f"{request.folder} changed while it was read; try again")
         identity = known.adapter.fingerprint if known is not None and trusted else adapter.fingerprint
         natural = adapter_dtype(layout)
         bare = replace(adapter, factors={}, known_fingerprint=identity)

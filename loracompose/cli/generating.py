@@ -30,6 +30,9 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
     batch_size: Annotated[int | None, typer.Option(help="Prompts that run together; 32 if not given.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that run together, answers included; prompts of like length share them.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the adapters, scores and weights.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer to one prompt as it is written.")] = False,
     beams: Annotated[int | None, typer.Option(help="Beam search of this width; greedy if not given.")] = None,
@@ -57,7 +60,14 @@ def generate(
     sets = None if given is None else [given] * len(asked)
     progress = not as_json and len(asked) > 1
     answers = engine.generate(
-        asked, k=k, adapters=sets, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress, **decoding
+        asked,
+        k=k,
+        adapters=sets,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+        progress=progress,
+        **decoding,
     )
     if as_json:
         tables.show_json([answer.as_dict() for answer in answers])

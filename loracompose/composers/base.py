@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -48,6 +48,32 @@ class Composer(Protocol):
 
         Returns:
             Module path -> delta whose weights have `batch` rows. A row of zero weights gains nothing.
+        """
+        ...
+
+
+@runtime_checkable
+class RowComposer(Composer, Protocol):
+    """A static composer that rewrites the ranks of one row at a time: what it makes of a set of adapters can be kept.
+
+    As a key of what is kept it must be hashable, and equal to another only if both compose alike; so is a frozen
+    dataclass.
+
+    Attributes:
+        row_wise: whether `compose` is `rewrite_rows` of `compose_row` at these settings.
+    """
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether rows are rewritten one by one."""
+        ...
+
+    def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> Mapping[str, Factors]:
+        """The new factors of every module for one row.
+
+        Args:
+            banks: module path -> ranks of the row's K' members.
+            weights: (K',), none 0.
         """
         ...
 
@@ -144,21 +170,44 @@ class Pool:
         return tuple(RouterAdapter(print_, name) for print_, name in zip(prints, self.names, strict=True))
 
 
+class RowWise:
+    """What a composer that rewrites row by row has beside its `compose_row`."""
+
+    row_wise: ClassVar[bool] = True
+
+
 def rewrite_rows(banks: Mapping[str, RankBank], weights: Tensor, rewrite: Rewrite) -> dict[str, LowRankDelta]:
     """Deltas of a static composer that rewrites the ranks of one set of adapters.
 
     `rewrite(banks, w)` sees the members of one row only, K' adapters of weight w (K',) other than 0, and
-    returns the new factors per module. Equal rows are composed once. The new ranks of all distinct rows lie
-    side by side in one bank per module, and each row's weights switch on its own.
-
-    The distinct rows are composed one after the other and nothing is kept between calls: the cost is that of
-    `rewrite` once per distinct row and call. The operator runs on the ranks of all distinct rows together.
+    returns the new factors per module. Equal rows are composed once; nothing is kept between calls, see `recall`.
     """
-    distinct, row_of = torch.unique(weights, dim=0, return_inverse=True)
-    composed = []
+    distinct, row_of = unique_rows(weights)
+    composed: list[Mapping[str, Factors]] = []
     for row in distinct:
         members = row.nonzero().flatten().tolist()
         composed.append(rewrite(select_banks(banks, members), row[members]) if members else {})
+    return side_by_side(banks, composed, row_of)
+
+
+def unique_rows(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows of weights (rows, K), and for each row of the batch its place among them, (batch,)."""
+    distinct, row_of = torch.unique(weights, dim=0, return_inverse=True)
+    return distinct, row_of
+
+
+def side_by_side(
+    banks: Mapping[str, RankBank], composed: Sequence[Mapping[str, Factors]], row_of: Tensor
+) -> dict[str, LowRankDelta]:
+    """One bank per module that holds the new ranks of all distinct rows; each row's weights switch on its own.
+
+    The operator runs on the ranks of all distinct rows together.
+
+    Args:
+        banks: module path -> ranks that were rewritten.
+        composed: the new factors per module, for each distinct row.
+        row_of: place in `composed` of each row of the batch, (batch,).
+    """
     deltas = {}
     for module, bank in banks.items():
         pieces = [(i, factors[module]) for i, factors in enumerate(composed) if module in factors]

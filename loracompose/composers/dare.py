@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loracompose.composers.base import Factors, Scope, rewrite_rows
+from loracompose.composers.base import Factors, RowWise, Scope, rewrite_rows
 from loracompose.composition.bank import RankBank
 from loracompose.composition.blocks import BLOCK_BYTES
 from loracompose.composition.delta import LowRankDelta
@@ -17,7 +17,7 @@ from loracompose.composition.sparsity import add_up, elect_and_average
 
 
 @dataclass(frozen=True)
-class Dare:
+class Dare(RowWise):
     """delta_W = Σ_i w_i · m_i ∘ delta_W_i / (1 - p), m_i ~ Bernoulli(1 - p): the weighted sum in expectation.
 
     The mask of an adapter in a module is seeded by the adapter's fingerprint, the module and `seed`: neither the
@@ -57,9 +57,10 @@ class Dare:
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One merged adapter per distinct row of weights."""
-        return rewrite_rows(banks, weights, self._rewrite)
+        return rewrite_rows(banks, weights, self.compose_row)
 
-    def _rewrite(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+    def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+        """The merged adapter of one row."""
         if self.drop == 0:
             return sum_updates(banks, weights, self.rank)
         return self._merge()(banks, weights)
@@ -69,7 +70,7 @@ class Dare:
 
 
 @dataclass(frozen=True)
-class DareTies:
+class DareTies(RowWise):
     """TIES on updates thinned by DARE: drop and rescale, trim to `density`, elect a sign, average those that agree.
 
     Masks as in `Dare`, so it depends on the factorisation; trimming, weights, election and compression as in `Ties`.
@@ -107,7 +108,11 @@ class DareTies:
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One merged adapter per distinct row of weights."""
-        return rewrite_rows(banks, weights, self._merge())
+        return rewrite_rows(banks, weights, self.compose_row)
+
+    def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+        """The merged adapter of one row."""
+        return self._merge()(banks, weights)
 
     def _merge(self) -> EntrywiseMerge:
         return EntrywiseMerge(

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loracompose.composers.base import Factors, Scope, rewrite_rows
+from loracompose.composers.base import Factors, RowWise, Scope, rewrite_rows
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
 
 
 @dataclass(frozen=True)
-class Fusion:
+class Fusion(RowWise):
     """delta_W = (Σ_i w_i B_i)(Σ_i w_i A_i): averages of parameters, not of updates.
 
     The product has cross terms w_i w_j B_i A_j, so it is not the sum of the updates unless there is one adapter,
@@ -33,7 +33,11 @@ class Fusion:
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One averaged adapter per distinct row of weights."""
-        return rewrite_rows(banks, weights, fuse)
+        return rewrite_rows(banks, weights, self.compose_row)
+
+    def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+        """The averaged adapter of one row."""
+        return fuse(banks, weights)
 
 
 def fuse(banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:

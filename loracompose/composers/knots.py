@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from loracompose.composers.base import Factors, Scope, rewrite_rows
+from loracompose.composers.base import Factors, RowWise, Scope, rewrite_rows
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.grouping import ModuleGroup, group_modules
@@ -19,16 +19,16 @@ from loracompose.composition.sparsity import (
     check_sparsity,
     drop_out,
     elect_and_average,
-    magnitude_thresholds,
     mask_stream,
     trim,
 )
+from loracompose.composition.thresholds import magnitude_thresholds
 
 Aligned = tuple[Tensor, list[Tensor]]  # U (d_out, q) and each member's coordinates (q, d_in) of one module
 
 
 @dataclass(frozen=True)
-class Knots:
+class Knots(RowWise):
     """delta_W = U · merge_i(Σ V_iᵀ), where U Σ [V_1ᵀ … V_Kᵀ] is the SVD of [w_1 delta_W_1 … w_K delta_W_K].
 
     The basis U of the output space is shared, ΣV_iᵀ are the coordinates of adapter i in it. TIES (trim over all
@@ -81,9 +81,10 @@ class Knots:
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One merged adapter per distinct row of weights."""
-        return rewrite_rows(banks, weights, self._rewrite)
+        return rewrite_rows(banks, weights, self.compose_row)
 
-    def _rewrite(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+    def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+        """The adapter of one row, merged in its shared basis."""
         groups = group_modules(banks)
         aligned = [self._align(group, weights) for group in groups]
         thresholds = self._thresholds(groups, aligned, len(weights))

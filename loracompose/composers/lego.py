@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loracompose.composers.base import Factors, Scope, rewrite_rows
+from loracompose.composers.base import Factors, RowWise, Scope, rewrite_rows
 from loracompose.composition.bank import RankBank, select_banks
 from loracompose.composition.clustering import Clustering, kmeans
 from loracompose.composition.delta import LowRankDelta
@@ -34,8 +34,25 @@ class RankClusters:
     labels: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class UnitPool:
+    """The units of G modules, sorted by content.
+
+    Attributes:
+        units: (G, R, d_in + d_out).
+        peaks: ‖u‖_∞ of each, (G, R).
+        share: of a mean, (G, R).
+        order: where each stood in the bank, (G, R).
+    """
+
+    units: Tensor
+    peaks: Tensor
+    share: Tensor
+    order: Tensor
+
+
 @dataclass(frozen=True)
-class Lego:
+class Lego(RowWise):
     """delta_W = √(r/k) Σ_j m_j b̄_j ā_j, with (ā_j, b̄_j) the centroids of k clusters of the pooled ranks.
 
     A rank is a minimal semantic unit u = [a; b]; per module the units of all members are pooled and clustered by
@@ -104,7 +121,7 @@ class Lego:
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One rebuilt adapter per distinct row of weights."""
-        return rewrite_rows(banks, weights, self._rewrite)
+        return rewrite_rows(banks, weights, self.compose_row)
 
     def clusters(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, RankClusters]:
         """The clusters that `compose` averages for one row of weights (K,), per module; for looking at.
@@ -114,14 +131,15 @@ class Lego:
         members = weights.nonzero().flatten()
         found: dict[str, RankClusters] = {}
         for part, k in self._parts(select_banks(banks, members.tolist())):
-            _, _, order, clusters = self._cluster(part, weights[members], k)
-            labels = torch.empty_like(clusters.labels).scatter(1, order, clusters.labels)  # (G, R)
+            pool, clusters = self._cluster(part, weights[members], k)
+            labels = torch.empty_like(clusters.labels).scatter(1, pool.order, clusters.labels)  # (G, R)
             of_member = members[list(part.members)]
             owner = of_member.repeat_interleave(torch.tensor(part.ranks, device=of_member.device))  # (R,)
             found |= {module: RankClusters(owner, own) for module, own in zip(part.modules, labels, strict=True)}
         return found
 
-    def _rewrite(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+    def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+        """The adapter rebuilt from the centroids of one row."""
         composed: dict[str, Factors] = {}
         for part, k in self._parts(banks):
             composed |= part.unstack(*self._rebuild(part, weights, k))
@@ -135,43 +153,55 @@ class Lego:
             for part in group.split(max(1, CLUSTERING_BYTES // max(bytes_per_module, 1))):
                 yield part, k
 
-    def _cluster(self, group: ModuleGroup, weights: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Clustering]:
-        """Units (G, R, d_in + d_out), shares (G, R) and places in the pool (G, R), sorted by content; the clusters."""
-        units, share, order = self._pool(group, weights)
-        features = unit_halves(units, group.d_in) if self.units == "normalised" else units
-        features = features.double()
-        found = kmeans(
-            features @ features.mT, share.double(), k, n_init=self.n_init, max_iter=self.max_iter, seed=self.seed
-        )
-        return units, share, order, found
+    def _cluster(self, group: ModuleGroup, weights: Tensor, k: int) -> tuple[UnitPool, Clustering]:
+        pool = self._pool(group, weights)
+        features = unit_halves(pool.units, group.d_in) if self.units == "normalised" else pool.units
+        gram = features @ features.mT  # (G, R, R)
+        return pool, kmeans(gram, pool.share, k, n_init=self.n_init, max_iter=self.max_iter, seed=self.seed)
 
     def _rebuild(self, group: ModuleGroup, weights: Tensor, k: int) -> Factors:
-        units, share, _, clusters = self._cluster(group, weights, k)
+        pool, clusters = self._cluster(group, weights, k)
+        units, peaks, share = pool.units, pool.peaks, pool.share
         member = F.one_hot(clusters.labels, k).to(units) * share[..., None]  # (G, R, k)
         mass = member.sum(dim=1)  # (G, k)
         average = (member / torch.where(mass > 0, mass, 1.0)[:, None]).mT  # (G, k, R)
         centroids = (average * clusters.signs.to(units)[:, None]) @ units  # (G, k, d_in + d_out)
         if self.parameter_reweighting:
-            centroids = centroids * norm_ratio(average, units, centroids)
+            centroids *= norm_ratio(average, peaks, centroids)
         counts = mass if self.cluster_weight == "mass" else (mass > 0).to(mass)
         if self.output_reweighting and k:
             counts = counts * (group.total_rank / len(group.ranks) / k) ** 0.5
         return centroids[..., : group.d_in], centroids[..., group.d_in :].mT * counts[:, None]
 
-    def _pool(self, group: ModuleGroup, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The units (G, R, d_in + d_out), their shares of a mean (G, R) and where they stood (G, R), by content."""
+    def _pool(self, group: ModuleGroup, weights: Tensor) -> UnitPool:
+        """The units of a group, sorted by content."""
         if self.units == "canonical":
             group = canonical_group(group)
-        A, B = group.pooled()
         w = group.per_rank(weights)  # (R,)
-        if self.cluster_weight == "mass":
-            B, share = B * w.sign(), w.abs()
-        else:
-            B, share = B * (w / weights.abs().mean().to(w)), torch.ones_like(w)
-        units = own_sign(torch.cat([A, B.mT], dim=-1))
-        share = share.expand(units.shape[:2])
-        order = content_order(units, share)
-        return units.gather(1, order[..., None].expand_as(units)), share.gather(1, order), order
+        mass = self.cluster_weight == "mass"
+        units = side_by_side(group, w.sign() if mass else w / weights.abs().mean().to(w))
+        share = (w.abs() if mass else torch.ones_like(w)).expand(units.shape[:2])
+        peaks, signs = own_sign(units)
+        order = content_order(units, peaks, share)
+        module = torch.arange(len(units), device=units.device)[:, None]
+        return UnitPool(
+            units[module, order].mul_(signs.gather(1, order)[..., None]),
+            peaks.gather(1, order),
+            share.gather(1, order),
+            order,
+        )
+
+
+def side_by_side(group: ModuleGroup, factor: Tensor) -> Tensor:
+    """The units [a; factor · b] of all members, (G, R, d_in + d_out), in the working dtype; one copy of the factors."""
+    shape = (len(group.modules), group.total_rank, group.d_in + group.d_out)
+    units = torch.empty(shape, dtype=group.working_dtype, device=group.A[0].device)
+    start = 0
+    for A, B, r in zip(group.A, group.B, group.ranks, strict=True):
+        units[:, start : start + r, : group.d_in] = A
+        torch.mul(B.mT, factor[start : start + r, None], out=units[:, start : start + r, group.d_in :])
+        start += r
+    return units
 
 
 def canonical_group(group: ModuleGroup) -> ModuleGroup:
@@ -181,10 +211,21 @@ def canonical_group(group: ModuleGroup) -> ModuleGroup:
     return replace(group, A=tuple(A for A, _ in pairs), B=tuple(B for _, B in pairs))
 
 
-def own_sign(units: Tensor) -> Tensor:
-    """±u with its entry of largest magnitude positive."""
-    peak = units.gather(-1, units.abs().argmax(dim=-1, keepdim=True))
-    return torch.where(peak < 0, -units, units)
+def own_sign(units: Tensor) -> tuple[Tensor, Tensor]:
+    """‖u‖_∞, and the sign that makes the entry of largest magnitude positive, the first of equals; (G, R) each."""
+    low, high = torch.aminmax(units, dim=-1)
+    peaks, signs = largest(low, high), torch.where(high >= -low, 1.0, -1.0).to(units)
+    tied = (high == -low) & (high > 0)
+    if tied.any():
+        rivals = units[tied]
+        first = rivals.gather(-1, rivals.abs().argmax(dim=-1, keepdim=True))[:, 0]
+        signs[tied] = first.sign()
+    return peaks, signs
+
+
+def largest(low: Tensor, high: Tensor) -> Tensor:
+    """The largest magnitude between two ends."""
+    return torch.maximum(high, -low)
 
 
 def unit_halves(units: Tensor, d_in: int) -> Tensor:
@@ -192,21 +233,20 @@ def unit_halves(units: Tensor, d_in: int) -> Tensor:
     return torch.cat([F.normalize(units[..., :d_in], dim=-1), F.normalize(units[..., d_in:], dim=-1)], dim=-1)
 
 
-def norm_ratio(average: Tensor, units: Tensor, centroids: Tensor) -> Tensor:
-    """Mean ‖u‖_∞ of each cluster over ‖centroid‖_∞, (G, k, 1); 0 for a centroid of zeros."""
-    wanted = average @ units.abs().amax(dim=-1, keepdim=True)  # (G, k, 1)
-    found = centroids.abs().amax(dim=-1, keepdim=True)
+def norm_ratio(average: Tensor, peaks: Tensor, centroids: Tensor) -> Tensor:
+    """Mean ‖u‖_∞ of each cluster, of the units' peaks (G, R), over ‖centroid‖_∞, (G, k, 1); 0 for one of zeros."""
+    wanted = average @ peaks[..., None]  # (G, k, 1)
+    found = largest(*torch.aminmax(centroids, dim=-1))[..., None]
     return torch.where(found > 0, wanted / torch.where(found > 0, found, 1.0), 0.0)
 
 
-def content_order(units: Tensor, share: Tensor) -> Tensor:
+def content_order(units: Tensor, peaks: Tensor, share: Tensor) -> Tensor:
     """Order of the units by what they are, sign left out, (G, R): norm, then share, then two other norms.
 
     Units that agree in all four and yet differ keep the order of the pool.
     """
-    exact = units.double()
-    keys = [exact.abs().amax(dim=-1), exact.abs().sum(dim=-1), share.double(), exact.square().sum(dim=-1)]
+    one, two = (torch.linalg.vector_norm(units, ord, dim=-1) for ord in (1, 2))
     order = torch.arange(units.shape[1], device=units.device).expand(units.shape[:2])
-    for key in keys:  # the last key decides first
+    for key in (peaks, one, share, two):  # the last key decides first
         order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
     return order

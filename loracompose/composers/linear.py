@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loracompose.composers.base import Factors, Scope, rewrite_rows
+from loracompose.composers.base import Factors, RowWise, Scope, rewrite_rows
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.grouping import group_modules, weighted_sum
@@ -16,7 +16,7 @@ from loracompose.composition.settings import check_count
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(RowWise):
     """delta_W = the best approximation of Σ_i w_i B_i A_i of at most `rank` ranks, by SVD of the factors.
 
     Exact up to its budget: where the members have no more than `rank` ranks together, their ranks are handed
@@ -46,9 +46,10 @@ class Linear:
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One compressed adapter per distinct row of weights."""
-        return rewrite_rows(banks, weights, self._compress)
+        return rewrite_rows(banks, weights, self.compose_row)
 
-    def _compress(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+    def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+        """The compressed sum of one row."""
         composed: dict[str, Factors] = {}
         for group in group_modules(banks):
             rank = max(group.ranks) if self.rank is None else self.rank

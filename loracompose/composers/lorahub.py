@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loracompose.composers.base import Scope, rewrite_rows
+from loracompose.composers.base import Factors, Scope, rewrite_rows
 from loracompose.composers.fusion import fuse
 from loracompose.composers.mixture import Mixture
-from loracompose.composition.bank import RankBank
+from loracompose.composition.bank import RankBank, select_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.settings import is_finite
 
@@ -54,16 +54,31 @@ class LoraHub:
                     raise ValueError(f"LoraHub: the learned weight of {key!r} must be a finite number, got {weight!r}")
             object.__setattr__(self, "learned", tuple(sorted((key, float(weight)) for key, weight in items)))
 
+    @property
+    def row_wise(self) -> bool:
+        """Whether factors are summed; the exact sum weighs ranks and rewrites none."""
+        return not self.exact_sum
+
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One merged adapter per distinct row of weights.
 
         Raises:
             LookupError: weights were fitted, but not for every member.
         """
-        if self.learned is not None and banks:
-            fingerprints = next(iter(banks.values())).fingerprints
-            weights = fitted_weights(dict(self.learned), fingerprints, weights)
-        return Mixture().compose(banks, weights) if self.exact_sum else rewrite_rows(banks, weights, fuse)
+        if self.exact_sum:
+            return Mixture().compose(banks, self._fitted(banks, weights))
+        return rewrite_rows(banks, weights, self.compose_row)
+
+    def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+        """The merged adapter of one row; raises as `compose` does."""
+        fitted = self._fitted(banks, weights[None])[0]
+        members = fitted.nonzero().flatten().tolist()  # a weight may have been fitted to 0
+        return fuse(select_banks(banks, members), fitted[members])
+
+    def _fitted(self, banks: Mapping[str, RankBank], weights: Tensor) -> Tensor:
+        if self.learned is None or not banks:
+            return weights
+        return fitted_weights(dict(self.learned), next(iter(banks.values())).fingerprints, weights)
 
 
 def fitted_weights(learned: Mapping[str, float], fingerprints: tuple[str, ...], weights: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loracompose.composers.base import Factors, Scope, rewrite_rows
+from loracompose.composers.base import Factors, RowWise, Scope, rewrite_rows
 from loracompose.composition.bank import RankBank
 from loracompose.composition.blocks import BLOCK_BYTES
 from loracompose.composition.delta import LowRankDelta
@@ -17,7 +17,7 @@ from loracompose.composition.sparsity import add_up
 
 
 @dataclass(frozen=True)
-class MagnitudePrune:
+class MagnitudePrune(RowWise):
     """delta_W = Σ_i w_i · trim(delta_W_i): TIES without its election, or DARE's deterministic rival.
 
     Of each adapter the largest `density` of the entries of delta_W = B A stay as they are, over all its modules
@@ -54,9 +54,10 @@ class MagnitudePrune:
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One merged adapter per distinct row of weights."""
-        return rewrite_rows(banks, weights, self._rewrite)
+        return rewrite_rows(banks, weights, self.compose_row)
 
-    def _rewrite(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+    def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+        """The merged adapter of one row."""
         if self.density == 1:
             return sum_updates(banks, weights, self.rank)
         return self._merge()(banks, weights)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loracompose.composers.base import Scope, rewrite_rows
+from loracompose.composers.base import Factors, RowWise, Scope, rewrite_rows
 from loracompose.composition.bank import RankBank
 from loracompose.composition.blocks import BLOCK_BYTES
 from loracompose.composition.delta import LowRankDelta
@@ -17,7 +17,7 @@ from loracompose.composition.sparsity import elect_and_average
 
 
 @dataclass(frozen=True)
-class Ties:
+class Ties(RowWise):
     """delta_W = λ · disjoint mean of the trimmed updates over the members that agree with the elected sign.
 
     Trim: of each adapter the largest `density` of the entries of delta_W = B A stay, over all its modules
@@ -58,7 +58,11 @@ class Ties:
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One merged adapter per distinct row of weights."""
-        return rewrite_rows(banks, weights, self._merge())
+        return rewrite_rows(banks, weights, self.compose_row)
+
+    def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
+        """The merged adapter of one row."""
+        return self._merge()(banks, weights)
 
     def _merge(self) -> EntrywiseMerge:
         return EntrywiseMerge("Ties", elect_and_average, 0.0, self.density, self.scale, self.rank, 0, self.block_bytes)

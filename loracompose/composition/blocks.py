@@ -18,7 +18,8 @@ from loracompose.composition.linalg import truncate
 BLOCK_BYTES = 1 << 28
 """Default budget of dense entries in memory at once: 256 MiB holds the largest matrix of an 8B model in float32."""
 
-BLOCK_ENTRIES = 1 << 18  # of one block: small enough to stay in the cache between the operations on it
+BLOCK_ENTRIES = 1 << 16  # of one block: small enough to stay in the cache between the operations on it
+CHUNK_BYTES = 1 << 20  # of the modules treated together on a CPU: what is merged is compressed while it is in the cache
 
 OVERSAMPLING = 8
 POWER_ITERATIONS = 2
@@ -28,8 +29,12 @@ Blocks = Callable[[], Iterable[Block]]  # makes the blocks of all rows anew, in 
 
 
 def chunks(groups: Sequence[ModuleGroup], block_bytes: int) -> list[ModuleGroup]:
-    """Groups cut so that the updates of each fit in the budget, or it is a single module."""
-    return [part for group in groups for part in group.split(max(1, block_bytes // (_row_bytes(group) * group.d_out)))]
+    """Groups cut so that the updates of each fit in the budget and, on a CPU, its cache, or it is a single module."""
+    parts: list[ModuleGroup] = []
+    for group in groups:
+        room = min(block_bytes, CHUNK_BYTES) if group.A[0].device.type == "cpu" else block_bytes
+        parts += group.split(max(1, room // (_row_bytes(group) * group.d_out)))
+    return parts
 
 
 def row_blocks(chunk: ModuleGroup, block_bytes: int) -> Iterator[slice]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 ORTHOGONAL = 1e-5  # cosine below which signs are rounding
+FINALISTS = 3  # starts that are carried on: seeds chosen well differ little, and the single moves level what is left
 
 Improve = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """(gram (G, R, R), weights, labels, signs (G, S, R) each, k) -> better labels and signs."""
@@ -42,7 +43,7 @@ class Clustering:
 
 
 def kmeans(gram: Tensor, weights: Tensor, k: int, *, n_init: int, max_iter: int, seed: int) -> Clustering:
-    """k-means of G clouds at once: greedy k-means++ seeds, Lloyd's steps, single moves from the best of the starts.
+    """k-means of G clouds at once: k-means++ seeds, Lloyd's steps from the best three, single moves from the best.
 
     Deterministic for a seed, without global random state; all clouds share their random numbers. It depends on the
     order of the points, which the caller fixes. A tie goes to the lower index. A cluster that lost its points
@@ -65,9 +66,10 @@ def kmeans(gram: Tensor, weights: Tensor, k: int, *, n_init: int, max_iter: int,
         return Clustering(own, torch.ones_like(weights), weights.new_zeros(groups))
     weights = weights[:, None].expand(-1, n_init, -1)  # (G, S, R)
     labels, signs, _ = _assign(gram, _seeds(gram, weights, k, seed))
+    missed = _inertia(gram, weights, labels, signs, k)
+    labels, signs, weights = _best(missed, FINALISTS, labels, signs, weights)
     labels, signs = _settle(_lloyd, gram, weights, labels, signs, k, max_iter)
-    best = first_min(_inertia(gram, weights, labels, signs, k))[:, None, None].expand(-1, -1, points)
-    labels, signs, weights = (t.gather(1, best) for t in (labels, signs, weights))  # (G, 1, R)
+    labels, signs, weights = _best(_inertia(gram, weights, labels, signs, k), 1, labels, signs, weights)
     labels, signs = _settle(_exchange, gram, weights, labels, signs, k, max_iter)
     return Clustering(labels[:, 0], signs[:, 0], _inertia(gram, weights, labels, signs, k)[:, 0])
 
@@ -79,14 +81,25 @@ def first_min(values: Tensor) -> Tensor:
     return torch.where(least, index, values.shape[-1] - 1).amin(dim=-1)
 
 
+def _best(inertia: Tensor, count: int, *of_starts: Tensor) -> tuple[Tensor, ...]:
+    """What belongs to the `count` starts of least inertia (G, S), the first among equals, of tensors (G, S, ...)."""
+    kept = inertia.argsort(dim=-1, stable=True)[:, :count, None]
+    return tuple(tensor.gather(1, kept.expand(-1, -1, tensor.shape[-1])) for tensor in of_starts)
+
+
 def _settle(
     improve: Improve, gram: Tensor, weights: Tensor, labels: Tensor, signs: Tensor, k: int, max_iter: int
 ) -> tuple[Tensor, Tensor]:
-    """Labels and signs after at most `max_iter` improvements, fewer if nothing changes any more."""
+    """Labels and signs after at most `max_iter` improvements of each cloud, fewer once nothing changes in it."""
+    labels, signs = labels.clone(), signs.clone()
+    moving = torch.arange(len(gram), device=gram.device)
     for _ in range(max_iter):
-        before = labels, signs
-        labels, signs = improve(gram, weights, labels, signs, k)
-        if torch.equal(labels, before[0]) and torch.equal(signs, before[1]):
+        before = labels[moving], signs[moving]
+        after = improve(gram[moving], weights[moving], *before, k)
+        labels[moving], signs[moving] = after
+        changed = [(new != old).flatten(1).any(dim=1) for new, old in zip(after, before, strict=True)]
+        moving = moving[changed[0] | changed[1]]
+        if not len(moving):
             break
     return labels, signs
 
@@ -104,10 +117,12 @@ def _lloyd(gram: Tensor, weights: Tensor, labels: Tensor, signs: Tensor, k: int)
 
 
 def _exchange(gram: Tensor, weights: Tensor, labels: Tensor, signs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """In each start the one move of a point that lowers the inertia most (Hartigan and Wong 1979), if one does.
+    """Moves of single points that lower the inertia (Hartigan and Wong 1979): the best, and those it leaves alone.
 
-    The gain counts how both centres follow, which Lloyd leaves out: small clusters end up clearly better. To an empty
-    cluster a move is free, so none stays empty while points lie off their centres.
+    The gain counts how both centres follow, which Lloyd leaves out: small clusters end up clearly better. It depends on
+    the two clusters of a move alone, so of moves that share no cluster each lowers the inertia by its own gain: a
+    move is made if none better leaves or enters one of its clusters. To an empty cluster a move is free, so none stays
+    empty while points lie off their centres.
     """
     coefficients = _centres(labels, signs, weights, k)
     distance, inner = _distances(gram, coefficients)  # (G, S, R, k)
@@ -120,9 +135,12 @@ def _exchange(gram: Tensor, weights: Tensor, labels: Tensor, signs: Tensor, k: i
     cost = (mass * w / (mass + w) * distance).scatter(-1, own, torch.inf)
     target = first_min(cost)[..., None]
     change = (cost.gather(-1, target) - gain)[..., 0]  # (G, S, R)
-    point = first_min(change)[..., None]  # (G, S, 1)
     rounding = 64 * torch.finfo(w.dtype).eps * (weights * _norms(gram)).amax(dim=-1, keepdim=True)
-    moves = torch.zeros_like(labels, dtype=torch.bool).scatter(-1, point, change.gather(-1, point) < -rounding)
+    place = change.argsort(dim=-1, stable=True).argsort(dim=-1)  # (G, S, R), 0 for the best move
+    first = torch.full_like(mass[..., 0, :], place.shape[-1], dtype=place.dtype)  # (G, S, k), of each cluster
+    first = first.scatter_reduce(-1, labels, place, "amin").scatter_reduce(-1, target[..., 0], place, "amin")
+    undisputed = (first.gather(-1, labels) == place) & (first.gather(-1, target[..., 0]) == place)
+    moves = undisputed & (change < -rounding)
     labels = torch.where(moves, target[..., 0], labels)
     signs = torch.where(moves, _fitting_signs(gram, coefficients, inner, target), signs)
     return labels, _assign(gram, _centres(labels, signs, weights, k), labels)[1]

@@ -12,7 +12,8 @@ from loracompose.composition.bank import RankBank
 from loracompose.composition.blocks import Block, chunks, compress, member_updates, row_blocks
 from loracompose.composition.grouping import ModuleGroup, group_modules, weighted_sum
 from loracompose.composition.settings import check_count
-from loracompose.composition.sparsity import check_sparsity, drop_out, magnitude_thresholds, mask_stream, trim
+from loracompose.composition.sparsity import check_sparsity, drop_out, mask_stream, trim
+from loracompose.composition.thresholds import magnitude_thresholds
 
 Combine = Callable[[Sequence[Tensor], Sequence[float], float], Tensor]
 """(updates of the members, their weights, Σ|w| of the row) -> composed entries."""

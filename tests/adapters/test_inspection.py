@@ -60,6 +60,7 @@ def test_no_tensor_is_mapped(folder, monkeypatch):
 
     monkeypatch.setattr(safetensors, "safe_open", refuse)
     monkeypatch.setattr("loracompose.adapters.checkpoint.safe_open", refuse)
+    monkeypatch.setattr("loracompose.adapters.checkpoint.read_flat", refuse)
     assert inspect_folder(folder).ok
     with pytest.raises(AssertionError, match="mapped"):
         load_adapter(folder)

@@ -12,6 +12,7 @@ import torch
 
 import loracompose.adapters.store as module
 from loracompose import Adapter, AdapterStore, LoraFactors, load_adapter, save_adapter
+from loracompose.adapters.lora import fingerprint
 from loracompose.adapters.store import ChangedAdapterError
 from tests.tiny import CONFIGS, peft_adapter
 
@@ -42,10 +43,10 @@ class Reads:
         self._read = module.read_adapter
         monkeypatch.setattr(module, "read_adapter", self)
 
-    def __call__(self, layout):
+    def __call__(self, layout, *, trusted):
         self.count += 1
         self.during()
-        return self._read(layout)
+        return self._read(layout, trusted=trusted)
 
 
 @pytest.fixture
@@ -138,6 +139,47 @@ def test_a_trusted_folder_is_hashed_once(pool, monkeypatch):
     for _ in range(3):
         store.get(pool[0], fingerprint=expected)
     assert hashed == ["a"]
+
+
+def test_a_trusted_folder_is_checked_once_and_gives_the_same_after_it_was_dropped(tmp_path, monkeypatch):
+    folder, _ = peft_adapter(tmp_path, use_rslora=True)
+    checks = []
+    own = module.read_checked
+    monkeypatch.setattr(module, "read_checked", lambda *a, **k: checks.append(1) or own(*a, **k))
+    store = AdapterStore(max_bytes=0, base=CONFIGS["llama"])
+    first, again = store.get(folder), store.get(folder)
+    assert len(checks) == 1
+    assert again.fingerprint == first.fingerprint == fingerprint(again.factors)
+    os.utime(folder / "adapter_config.json", ns=(1, 1))
+    assert store.get(folder).fingerprint == first.fingerprint
+    assert len(checks) == 2
+
+
+def test_the_factors_of_a_file_share_one_buffer_and_no_other_file(tmp_path):
+    folder, _ = peft_adapter(tmp_path, use_rslora=True)
+    adapter = AdapterStore().get(folder)
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage() for f in adapter.factors.values() for t in (f.A, f.B)
+    }
+    assert [storage.nbytes() for storage in storages.values()] == [adapter.nbytes]
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(b"")  # nothing of the file is mapped
+    assert torch.isfinite(adapter.factors["model.layers.0.self_attn.q_proj"].A).all()
+
+
+def test_what_is_dropped_stays_whole_where_it_is_used(pool):
+    store = AdapterStore(max_bytes=SIZE)  # each read drops the one before
+    want = {path.name: load_adapter(path).factors["layers.0.q"].A for path in pool}
+
+    def use(i):
+        mine = store.get(pool[i % 4])
+        store.get(pool[(i + 1) % 4])
+        return torch.equal(mine.factors["layers.0.q"].A, want[pool[i % 4].name])
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        assert all(threads.map(use, range(100)))
+    assert store.stats.evictions > 0
+    assert store.stats.bytes <= SIZE
 
 
 def test_a_changed_folder_is_read_again(pool):

@@ -1,57 +1,13 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from loracompose.composition.sparsity import (
     drop_out,
     elect_and_average,
-    magnitude_thresholds,
     mask_stream,
-    trim,
 )
-
-
-def pieces(entries, size):
-    return lambda: ((0, entries[i : i + size]) for i in range(0, len(entries), size))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("density", [1e-6, 0.01, 0.2, 0.5, 0.999])
-def test_the_threshold_is_exactly_the_magnitude_of_the_last_entry_kept(dtype, density):
-    generator = torch.Generator().manual_seed(0)
-    entries = torch.randn(5003, generator=generator, dtype=torch.float64).to(dtype)
-    entries = entries * 10.0 ** torch.randint(-9, 9, entries.shape, generator=generator)
-    (threshold,) = magnitude_thresholds(pieces(entries, 700), [entries.numel()], density, dtype)
-    keep = math.ceil(density * entries.numel())
-    assert threshold == entries.abs().sort(descending=True).values[keep - 1].item()
-    assert (entries.abs() >= threshold).sum() == keep
-
-
-def test_each_adapter_has_a_threshold_of_its_own():
-    small, large = torch.arange(1.0, 11.0), torch.arange(100.0, 2000.0, 100.0)
-    sweep = lambda: [(1, large[:9]), (0, small), (1, large[9:])]  # noqa: E731
-    assert magnitude_thresholds(sweep, [10, 19], 0.5, torch.float32) == [6.0, 1000.0]
-
-
-def test_entries_equal_to_the_last_one_kept_stay_too():
-    entries = torch.tensor([3.0, -2.0, 2.0, 2.0, 1.0])
-    (threshold,) = magnitude_thresholds(pieces(entries, 2), [5], 0.4, torch.float32)
-    assert trim(entries, threshold).tolist() == [3.0, -2.0, 2.0, 2.0, 0.0]
-
-
-def test_density_one_keeps_everything_and_an_adapter_without_entries_is_no_error():
-    assert magnitude_thresholds(lambda: [], [4, 0], 1.0, torch.float32) == [0.0, 0.0]
-    entries = torch.tensor([1.0, 2.0])
-    assert magnitude_thresholds(pieces(entries, 2), [2, 0], 0.5, torch.float32) == [2.0, 0.0]
-
-
-def test_narrow_entries_among_wide_ones_keep_their_value():
-    narrow, wide = torch.tensor([0.1, 0.7]), torch.tensor([0.3, 0.9], dtype=torch.float64)
-    (threshold,) = magnitude_thresholds(lambda: [(0, narrow), (0, wide)], [4], 0.5, torch.float64)
-    assert threshold == narrow[1].item()
 
 
 def test_a_mask_belongs_to_adapter_module_and_seed():

@@ -1,0 +1,102 @@
+"""Recalled compositions: bit for bit those that are composed anew, and known by all that decides them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from loracompose.composers import COMPOSERS
+from loracompose.composers.base import RowWise
+from loracompose.composers.lego import Lego
+from loracompose.composers.lorahub import LoraHub
+from loracompose.composers.mixture import Mixture
+from loracompose.composers.recall import compose_batch, identity, row_wise
+from loracompose.composition.bank import RankBank, content_order, gather_banks
+from loracompose.composition.cache import CompositionCache
+from tests.laws import hostile_adapters
+
+ROW_WISE = ("dare", "dare_ties", "fusion", "knots", "lego", "linear", "lorahub", "magnitude_prune", "ties")
+KNOWN = (True,) * 4
+
+
+def banks(dtype: torch.dtype = torch.float32) -> dict[str, RankBank]:
+    adapters = [adapter.to(dtype=dtype) for adapter in hostile_adapters()[:4]]
+    return gather_banks([adapters[i] for i in content_order(adapters)])
+
+
+# two equal rows, a row that repeats in both batches, a row of nobody, and one adapter alone
+FIRST = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.0] * 4, [0.3, 0.0, -0.2, 0.4]])
+SECOND = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.3, 0.0, -0.2, 0.4], [0.5, 0.5, 0.0, 0.0]])
+
+
+def test_these_composers_rewrite_row_by_row_and_no_others():
+    instances = {name: kind() for name, kind in COMPOSERS.items() if not hasattr(kind, "initial")}
+    assert tuple(sorted(name for name, composer in instances.items() if row_wise(composer))) == ROW_WISE
+    assert not any(issubclass(kind, RowWise) for kind in COMPOSERS.values() if hasattr(kind, "initial"))
+    assert not row_wise(LoraHub(exact_sum=True))
+
+
+@pytest.mark.parametrize("composer", ROW_WISE)
+def test_what_comes_from_the_cache_equals_what_is_composed_anew_bit_for_bit(composer):
+    made, cache = COMPOSERS[composer](), CompositionCache()
+    together = banks()
+    for weights in (FIRST, SECOND, FIRST):
+        got, want = compose_batch(made, together, weights, cache, KNOWN).deltas, made.compose(together, weights)
+        assert list(got) == list(want)
+        for module, delta in want.items():
+            assert torch.equal(got[module].A, delta.A)
+            assert torch.equal(got[module].B, delta.B)
+            assert torch.equal(got[module].weights, delta.weights)
+    assert (cache.stats.misses, cache.stats.hits) == (3, 4)
+
+
+def test_each_row_says_whether_it_was_composed_earlier():
+    cache = CompositionCache()
+    assert compose_batch(Lego(), banks(), FIRST, cache, KNOWN).recalled == (False, False, False, False)
+    assert compose_batch(Lego(), banks(), SECOND, cache, KNOWN).recalled == (False, True, True)
+    assert compose_batch(Mixture(), banks(), SECOND, cache, KNOWN).recalled == (False, False, False)
+
+
+def test_company_does_not_decide_what_a_row_is_known_by():
+    cache = CompositionCache()
+    some = {module: bank.select([1, 3]) for module, bank in banks().items()}
+    weights = torch.tensor([[0.5, 0.5]])
+    compose_batch(Lego(), {m: b for m, b in some.items() if b is not None}, weights, cache, (True, True))
+    among_others = torch.tensor([[0.0, 0.5, 0.0, 0.5]])
+    assert compose_batch(Lego(), banks(), among_others, cache, KNOWN).recalled == (True,)
+
+
+def test_rows_of_adapters_whose_content_is_only_claimed_are_composed_anew():
+    cache = CompositionCache()
+    for _ in range(2):
+        made = compose_batch(Lego(), banks(), SECOND, cache, (True, True, False, True))
+        assert made.recalled[1] is False
+    assert cache.stats.misses == 2
+
+
+def test_everything_that_decides_a_composition_decides_its_key():
+    w, members = torch.tensor([0.5, 0.5]), [0, 1]
+    key = identity(Lego(), banks(), w, members)
+    assert identity(Lego(), banks(), w.clone(), members) == key
+    fewer = dict(list(banks().items())[:-1])
+    strange = {m: replace(b, fingerprints=("x", *b.fingerprints[1:])) for m, b in banks().items()}
+    others: list[Any] = [
+        identity(Lego(k=3), banks(), w, members),
+        identity(replace(Lego(), seed=1), banks(), w, members),
+        identity(OtherLego(), banks(), w, members),
+        identity(Lego(), banks(), torch.tensor([0.5, 0.25]), members),
+        identity(Lego(), banks(), w, [0, 2]),
+        identity(Lego(), banks(torch.float64), w, members),
+        identity(Lego(), fewer, w, members),
+        identity(Lego(), strange, w, members),
+    ]
+    assert key not in others
+    assert len(set(others)) == len(others)
+
+
+@dataclass(frozen=True)
+class OtherLego(Lego):
+    """The fields of Lego in another class."""

@@ -135,11 +135,14 @@ def run(
         batch_size=batch_size,
         timed_rows=timed_rows,
     )
-    shots = read_tasks(tasks, "train") if tasks.is_dir() and list(tasks.glob("*.train.jsonl")) else ()
+    shots, validation = (
+        read_tasks(tasks, other) if tasks.is_dir() and list(tasks.glob(f"*.{other}.jsonl")) else ()
+        for other in ("train", "dev")
+    )
     kept = cache or output.with_suffix(".answers.sqlite")
     with Engine.from_pretrained(base, index=index, device=device, dtype=dtype) as engine, AnswerCache(kept) as answers:
         try:
-            results = evaluate(engine, rows, chosen, answers, shots, progress=not as_json)
+            results = evaluate(engine, rows, chosen, answers, shots, progress=not as_json, validation=validation)
         except KeyboardInterrupt:
             typer.echo(f"interrupted: {len(answers)} answers are kept in {kept}; run it again to continue", err=True)
             raise typer.Exit(INTERRUPTED) from None

@@ -18,6 +18,7 @@ from loracompose.engine import Engine
 from loracompose.evaluation.answering import Answerer, Job, token_budgets
 from loracompose.evaluation.cache import Answer, AnswerCache
 from loracompose.evaluation.found import Found, cosines_of
+from loracompose.evaluation.lorauter import Lorauter, task_cosines
 from loracompose.evaluation.methods import Method, Situation
 from loracompose.evaluation.metrics import METRICS
 from loracompose.evaluation.protocols import Protocol
@@ -71,6 +72,7 @@ def evaluate(
     cache: AnswerCache,
     shots: Sequence[TaskRow] = (),
     progress: bool = False,
+    validation: Sequence[TaskRow] = (),
 ) -> Results:
     """Ask every method the rows of every protocol and score the answers.
 
@@ -84,6 +86,7 @@ def evaluate(
         cache: where answers are kept.
         shots: solved rows of another split, for few-shot prompts.
         progress: show a progress bar over answers.
+        validation: rows of a third split, for methods that know tasks by them.
 
     Raises:
         ValueError: the engine has no index, or the plan cannot be carried out.
@@ -93,7 +96,10 @@ def evaluate(
         raise ValueError("an evaluation needs an engine with an index: Engine.from_pretrained(..., index=...)")
     answerer = Answerer.over(engine, cache, plan.batch_size)
     budgets = token_budgets(engine, rows, plan.max_new_tokens)
-    rounds = [_prepare(engine.index, rows, protocol, plan, answerer, budgets, shots) for protocol in plan.protocols]
+    rounds = [
+        _prepare(engine.index, rows, protocol, plan, answerer, budgets, shots, validation)
+        for protocol in plan.protocols
+    ]
     _run(rounds, plan.methods, answerer, progress)
     protocols = tuple(_score(made, plan, answerer) for made in rounds)
     return Results(_settings(engine, plan), _pool(engine.index), versions(), protocols)
@@ -107,6 +113,7 @@ def _prepare(
     answerer: Answerer,
     budgets: Mapping[str, int],
     shots: Sequence[TaskRow],
+    validation: Sequence[TaskRow],
 ) -> Round:
     asked = protocol.rows(rows_of(rows, plan.tasks), plan.n, plan.seed, plan.unseen_template)
     names = frozenset(card.name for card in index.cards)
@@ -116,7 +123,9 @@ def _prepare(
     for row in shots:
         examples.setdefault(row.task, []).append(row)
     allowed = [sorted(names - hidden) for hidden in excluded]
-    situation = Situation(asked, allowed, names, found, examples)
+    asks = validation and any(isinstance(method, Lorauter) for method in plan.methods)
+    cosines = task_cosines(index, [row.prompt for row in asked], excluded, validation) if asks else None
+    situation = Situation(asked, allowed, names, found, examples, cosines)
     jobs = tuple(
         answerer.jobs(asked, method.questions(situation), method.composer, budgets, protocol.shuffled)
         for method in plan.methods

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch import Tensor
 
 from loracompose.composers import Composer
 from loracompose.composers.mixture import Mixture
@@ -30,6 +31,8 @@ class Situation:
         pool: all adapters of the index.
         found: what was retrieved, the same for all methods.
         shots: rows with answers of another split, by task, for the prompt of the few-shot baseline.
+        task_cosines: of each row with the task of each adapter of the pool, sorted by name, (batch, N); -inf where the
+            adapter is hidden. None unless a method asks for them.
     """
 
     rows: Sequence[TaskRow]
@@ -37,6 +40,7 @@ class Situation:
     pool: frozenset[str]
     found: Found
     shots: Mapping[str, Sequence[TaskRow]]
+    task_cosines: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,15 +12,18 @@ from typing import Any
 from loracompose.composers import COMPOSERS, Composer, get_composer
 from loracompose.composition.router import load_router
 from loracompose.evaluation.found import check_weighting
+from loracompose.evaluation.lorauter import Lorauter
 from loracompose.evaluation.methods import BASELINES, Base, Composed, Method, Oracle
 
 RETRIEVAL = ("k", "weighting", "temperature", "router", "label")
+WHOLE: Mapping[str, type[Any]] = {**BASELINES, "lorauter": Lorauter}  # what brings its own adapters and composer
 
 
 def parse_method(line: str) -> Method:
     """A method from its line.
 
-    A baseline: `base`, `oracle`, `uniform_all`, `random seed=1`, `few_shot shots=3`, `adapter path=FOLDER`. A
+    A baseline: `base`, `oracle`, `uniform_all`, `random seed=1`, `few_shot shots=3`, `adapter path=FOLDER`,
+    `lorauter k=3`. A
     composer: its name, then any of `k=3`, `weighting=uniform`, `temperature=0.2`, `router=FOLDER` for one that
     learns, and its own settings as `set.NAME=VALUE`. `label=NAME` names it; otherwise its line does, without folders.
 
@@ -32,10 +35,10 @@ def parse_method(line: str) -> Method:
     if not words:
         raise ValueError("a method is a line such as 'mixture' or 'lego k=5 weighting=uniform set.k=16', got nothing")
     name, given = words[0], _pairs(line, words[1:])
-    if name in BASELINES:
+    if name in WHOLE:
         return _baseline(name, given, line)
     if name not in COMPOSERS:
-        raise LookupError(f"no method {name!r}; there are {', '.join([*BASELINES, *COMPOSERS])}")
+        raise LookupError(f"no method {name!r}; there are {', '.join([*WHOLE, *COMPOSERS])}")
     settings = {key.removeprefix("set."): value for key, value in given.items() if key.startswith("set.")}
     rest = {key: value for key, value in given.items() if not key.startswith("set.")}
     _check_keys(rest, RETRIEVAL, line, hint="; settings of the composer are written set.NAME=VALUE")
@@ -81,7 +84,7 @@ def build_composer(name: str, settings: Mapping[str, Any], router: str | Path | 
 
 
 def _baseline(name: str, given: Mapping[str, Any], line: str) -> Method:
-    kind = BASELINES[name]
+    kind = WHOLE[name]
     _check_keys(given, [f.name for f in fields(kind) if f.init], line)
     if name == "adapter":
         if "path" not in given:

@@ -20,7 +20,16 @@ from loracompose.evaluation.protocols import PROTOCOLS
 from loracompose.evaluation.specification import parse_methods
 from tests.evaluation.material import CLUSTERS, build_engine, solved_rows, task_rows
 
-METHODS = ("base", "oracle", "random", "uniform_all", "few_shot shots=1", "mixture", "lego weighting=uniform")
+METHODS = (
+    "base",
+    "oracle",
+    "random",
+    "uniform_all",
+    "few_shot shots=1",
+    "mixture",
+    "lego weighting=uniform",
+    "lorauter",
+)
 QUICK = {"n": 2, "max_new_tokens": 6, "batch_size": 5, "timed_rows": 0}
 
 
@@ -36,7 +45,7 @@ def plan(methods=METHODS, protocols=("in-domain", "masked"), **changed):
 
 def run(engine, folder, the_plan=None, rows=None):
     with AnswerCache(folder / "kept.sqlite") as cache:
-        return evaluate(engine, rows or task_rows(), the_plan or plan(), cache, solved_rows())
+        return evaluate(engine, rows or task_rows(), the_plan or plan(), cache, solved_rows(), validation=solved_rows())
 
 
 def timeless(results):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from loracompose.composers import Composer
+from loracompose.composers import Composer, Mixture, Selection
 from loracompose.engine import Engine
 from loracompose.evaluation.cache import Answer, AnswerCache, base_identity, question_key
 from loracompose.evaluation.methods import Question
@@ -96,9 +96,10 @@ class Answerer:
                 continue
             budget = budgets[row.task]
             decoding = {"max_new_tokens": budget, "do_sample": False, "mixed": mixed}
-            members = [(self._fingerprint(ref), weight) for ref, weight in question.adapters.items()]
-            key = question_key(self.base, question.prompt, members, repr(composer), decoding)
-            jobs.append(Job(key, question, budget, row.task))
+            asked, name = plainly(question, composer)
+            members = [(self._fingerprint(ref), weight) for ref, weight in asked.adapters.items()]
+            key = question_key(self.base, asked.prompt, members, name, decoding)
+            jobs.append(Job(key, asked, budget, row.task))
         return jobs
 
     def missing(self, jobs: Sequence[Job | None]) -> list[Job]:
@@ -167,6 +168,17 @@ class Answerer:
         if index is None:
             raise ValueError("an evaluation needs an engine with an index: Engine.from_pretrained(..., index=...)")
         return index.card(ref).fingerprint
+
+
+def plainly(question: Question, composer: Composer) -> tuple[Question, str]:
+    """A question as simple as it comes to, and under whose name its answer is kept.
+
+    A selection is its winner at full strength, however it was weighed: the oracle's question where retrieval is right.
+    """
+    if not isinstance(composer, Selection) or not question.adapters:
+        return question, repr(composer)
+    winner = max(question.adapters, key=lambda ref: question.adapters[ref])
+    return Question(question.prompt, {winner: 1.0}), repr(Mixture())
 
 
 def batches(jobs: Sequence[Job], size: int, mixed: bool) -> Iterator[list[Job]]:

@@ -182,7 +182,7 @@ def _method(
     )
     given = [answer for answer in answers if answer is not None]
     count = max(1, len(given))
-    composer = next((answer.composer for answer in given if answer.composer), "")
+    composer = repr(method.composer) if any(answer.composer for answer in given) else ""
     seconds = answerer.seconds(jobs, method.composer, plan.timed_rows)
     ms = None if seconds is None else round(1000 * seconds, 1)
     added = sum(answer.added_bytes for answer in given) / count + _learned_bytes(method.composer)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
 from loracompose.composers import Composer
@@ -18,7 +17,9 @@ from loracompose.evaluation.tasks import TaskRow
 from loracompose.prompts import Prompt
 
 Set: TypeAlias = Mapping[str | Path, float]
-TINY = torch.finfo(torch.float32).tiny
+LEAST = 1e-3
+"""Members of less than this share of a row's weights are left out: far below what changes an answer, yet each would
+make a set of adapters of its own, composed and answered anew."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,12 +211,16 @@ class Composed:
     temperature: float | None = None
 
     def questions(self, situation: Situation) -> list[Question | None]:
-        """Members of weight 0, or too small for float32, are left out."""
-        weights = situation.found.weights(self.k, self.weighting, self.temperature)
+        """Members of weight 0, or of a share below `LEAST`, are left out; the others keep their sum."""
+        weights = situation.found.weights(self.k, self.weighting, self.temperature).double()
+        total = weights.sum(dim=1, keepdim=True)
+        kept = weights * (weights > LEAST * total)
+        rest = kept.sum(dim=1, keepdim=True)
+        shared = kept * total / rest.masked_fill(rest == 0, 1.0)
         names = situation.found.best.names
         return [
-            Question(row.prompt, {name: w for name, w in zip(names, own, strict=True) if abs(w) >= TINY})
-            for row, own in zip(situation.rows, weights.tolist(), strict=True)
+            Question(row.prompt, {name: w for name, w in zip(names, own, strict=True) if w})
+            for row, own in zip(situation.rows, shared.tolist(), strict=True)
         ]
 
 

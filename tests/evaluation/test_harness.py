@@ -108,6 +108,19 @@ def test_one_more_method_costs_only_itself(engine, tmp_path, monkeypatch):
     assert set(composers) == {"arrow"}
 
 
+def test_a_selection_costs_nothing_where_its_winner_was_asked_before_and_scores_as_selection_does(engine, tmp_path):
+    one = run(engine, tmp_path, plan(["mixture k=1", "selection"], ["in-domain"])).protocols[0]
+    with AnswerCache(tmp_path / "kept.sqlite") as cache:
+        count = len(cache)
+    (tmp_path / "without").mkdir()
+    run(engine, tmp_path / "without", plan(["mixture k=1"], ["in-domain"]))
+    with AnswerCache(tmp_path / "without" / "kept.sqlite") as cache:
+        assert len(cache) == count
+    by_label = {method.label: method for method in one.methods}
+    assert by_label["selection"].scores == by_label["mixture k=1"].scores
+    assert by_label["selection"].composer == "Selection()"
+
+
 def test_methods_use_what_the_protocol_leaves_them(engine, tmp_path, monkeypatch):
     seen = []
     generate = type(engine).generate

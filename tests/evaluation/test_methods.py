@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_a_composer_gets_the_retrieved_by_weight_without_those_too_small_to_matt
     assert last == {}  # nothing was retrieved: the base model
     assert sets("mixture k=1")[0] == pytest.approx({"french": 1.0})
     assert sets("arrow weighting=uniform")[0] == pytest.approx(dict.fromkeys(["french", "sql", "mood"], 1 / 3))
+
+
+def test_a_member_of_less_than_a_thousandth_gives_its_weight_to_the_others():
+    now = situation()
+    shares = torch.tensor([[0.9989, 0.0006, 0.0005], [0.998, 0.0, 0.002], [1.996, 0.004, 0.0], [0.0, 0.0, 0.0]])
+    now = replace(now, found=replace(now.found, best=replace(now.found.best, weights=shares)))
+    got = [dict(question.adapters) for question in parse_method("mixture").questions(now)]
+    assert got[0] == {"french": pytest.approx(1.0)}
+    assert got[1] == pytest.approx({"french": 0.998, "mood": 0.002})
+    assert got[3] == {}
 
 
 def test_one_adapter_for_everything_is_a_folder():

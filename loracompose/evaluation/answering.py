@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from loracompose.composers import Composer, Mixture, Selection
+from loracompose.composers.base import Composer
+from loracompose.composers.fusion import Fusion
+from loracompose.composers.linear import Linear
+from loracompose.composers.mixture import Mixture
+from loracompose.composers.selection import Selection
 from loracompose.engine import Engine
 from loracompose.evaluation.cache import Answer, AnswerCache, base_identity, question_key
 from loracompose.evaluation.methods import Question
@@ -22,6 +26,7 @@ from loracompose.trace import Generation
 
 SLACK = 8  # tokens that an answer may have beyond the longest reference of its task: too long is never cut to right
 TIMED_TOKENS = 16
+ADDING = (Selection, Mixture, Linear, Fusion)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,12 +178,15 @@ class Answerer:
 def plainly(question: Question, composer: Composer) -> tuple[Question, str]:
     """A question as simple as it comes to, and under whose name its answer is kept.
 
-    A selection is its winner at full strength, however it was weighed: the oracle's question where retrieval is right.
+    A selection is its winner at full strength, however it was weighed; and one adapter at weight 1 is that adapter for
+    every composer that only adds: the oracle's question where retrieval is right and sure.
     """
-    if not isinstance(composer, Selection) or not question.adapters:
-        return question, repr(composer)
-    winner = max(question.adapters, key=lambda ref: question.adapters[ref])
-    return Question(question.prompt, {winner: 1.0}), repr(Mixture())
+    asked = question
+    if isinstance(composer, Selection) and question.adapters:
+        winner = max(question.adapters, key=lambda ref: question.adapters[ref])
+        asked = Question(question.prompt, {winner: 1.0})
+    alone = isinstance(composer, ADDING) and list(asked.adapters.values()) == [1.0]
+    return asked, repr(Mixture() if alone else composer)
 
 
 def batches(jobs: Sequence[Job], size: int, mixed: bool) -> Iterator[list[Job]]:

@@ -30,7 +30,7 @@ STYLE = {
 def leaderboard(summary: Summary) -> str:
     """Scores with intervals, best on top; dashed lines are the base and the own adapter."""
     lines = list(reversed(summary.lines))
-    with _figure(8.5, 0.34 * len(lines) + 1.2) as (plt, save):
+    with figure(8.5, 0.34 * len(lines) + 1.2) as (plt, save):
         axes = plt.gca()
         for y, line in enumerate(lines):
             colour = GREY if line.label in REFERENCES else BLUE
@@ -55,7 +55,7 @@ def task_heat_map(summary: Summary) -> str:
     labels = [line.label for line in summary.lines]
     columns = [summary.scores.labels.index(label) for label in labels]
     values = summary.scores.by_task()[:, columns].T  # (M, T)
-    with _figure(0.42 * values.shape[1] + 3.6, 0.34 * len(labels) + 2.1) as (plt, save):
+    with figure(0.42 * values.shape[1] + 3.6, 0.34 * len(labels) + 2.1) as (plt, save):
         _matrix(
             plt, values, labels, summary.scores.tasks, "score", "cividis", (0.0, 100.0), lambda at: f"{values[at]:.0f}"
         )
@@ -78,7 +78,7 @@ def wins(summary: Summary) -> str:
         texts[at] = f"{comparison.difference.value:+.0f}\n{comparison.won}:{comparison.lost}"
     size = 0.5 * len(labels) + 2.8
     reach = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
-    with _figure(size + 1.0, size) as (plt, save):
+    with figure(size + 1.0, size) as (plt, save):
         # orange to white to blue: told apart with any colour vision
         scale = plt.matplotlib.colors.LinearSegmentedColormap.from_list("difference", [ORANGE, "white", BLUE])
         _matrix(plt, values, labels, labels, "row minus column", scale, (-reach, reach), texts.__getitem__, sure)
@@ -96,7 +96,7 @@ def confusion(found: ProtocolResult) -> str:
     per_task = np.array([sum(row.task == task for row in found.rows) for task in tasks])
     values = 100 * counts / per_task[:, None]
     values[values == 0] = np.nan
-    with _figure(0.42 * len(names) + 3.4, 0.34 * len(tasks) + 2.2) as (plt, save):
+    with figure(0.42 * len(names) + 3.4, 0.34 * len(tasks) + 2.2) as (plt, save):
         _matrix(
             plt, values, tasks, names, "% of the task's rows", "cividis", (0.0, 100.0), lambda at: f"{values[at]:.0f}"
         )
@@ -109,7 +109,7 @@ def confusion(found: ProtocolResult) -> str:
 def quality_and_cost(summary: Summary) -> str:
     """Score against milliseconds a prompt of the methods that were timed; the area of a point is what they add."""
     timed = sorted((x for x in summary.lines if x.ms is not None), key=lambda line: line.score.value)
-    with _figure(8.5, 5.0) as (plt, save):
+    with figure(8.5, 5.0) as (plt, save):
         axes = plt.gca()
         most = max(1, *(line.added_bytes for line in timed))
         for line in timed:
@@ -178,7 +178,7 @@ def _matrix(
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, Callable[[], str]]]:
+def figure(width: float, height: float) -> Iterator[tuple[Any, Callable[[], str]]]:
     """A figure of so many inches, and a function that gives it as SVG."""
     try:
         import matplotlib as mpl

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from loracompose.composers.base import Pool
+from loracompose.composers.fusion import Fusion
+from loracompose.composers.linear import Linear
+from loracompose.composers.mixture import Mixture
 from loracompose.composers.mole import Mole
+from loracompose.composers.selection import Selection
 from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.router import save_router
 from loracompose.evaluation import harness
@@ -109,7 +113,8 @@ def test_one_more_method_costs_only_itself(engine, tmp_path, monkeypatch):
 
 
 def test_a_selection_costs_nothing_where_its_winner_was_asked_before_and_scores_as_selection_does(engine, tmp_path):
-    one = run(engine, tmp_path, plan(["mixture k=1", "selection"], ["in-domain"])).protocols[0]
+    alone = ("fusion k=1", "linear k=1")
+    one = run(engine, tmp_path, plan(["mixture k=1", "selection", *alone], ["in-domain"])).protocols[0]
     with AnswerCache(tmp_path / "kept.sqlite") as cache:
         count = len(cache)
     (tmp_path / "without").mkdir()
@@ -119,6 +124,19 @@ def test_a_selection_costs_nothing_where_its_winner_was_asked_before_and_scores_
     by_label = {method.label: method for method in one.methods}
     assert by_label["selection"].scores == by_label["mixture k=1"].scores
     assert by_label["selection"].composer == "Selection()"
+
+
+@pytest.mark.parametrize("composer", [Selection(), Linear(), Fusion()])
+def test_one_adapter_alone_composes_to_what_its_answer_is_kept_as(engine, composer):
+    adapters = [engine.store.get(engine.index.path(name)) for name in ("french", "sql")]
+    banks = gather_banks(adapters)
+    weights = torch.tensor([[0.0, 1.0]])
+    for module, delta in composer.compose(banks, weights).items():
+        plain = Mixture().compose(banks, weights)[module]
+        for one in (delta, plain):
+            assert one.gate is None
+        got, want = ((d.B * d.weights) @ d.A for d in (delta, plain))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_methods_use_what_the_protocol_leaves_them(engine, tmp_path, monkeypatch):
@@ -177,7 +195,7 @@ def test_places_and_costs_are_those_of_the_rows(engine, tmp_path):
 
 
 def test_the_mixed_stream_is_run_and_gives_the_same_scores(engine, tmp_path):
-    both = run(engine, tmp_path, plan(["mixture"], ["in-domain", "mixed"]))
+    both = run(engine, tmp_path, plan(["mixture weighting=uniform"], ["in-domain", "mixed"]))
     plain, mixed = both.protocols
     with AnswerCache(tmp_path / "kept.sqlite") as cache:
         assert len(cache) == 2 * 3 * 8

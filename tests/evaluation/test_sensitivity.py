@@ -1,0 +1,93 @@
+"""A study moves one setting on the same rows, and its file and picture hold what was measured."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from loracompose.composers import Lego
+from loracompose.evaluation.results import MethodResult, ProtocolResult, Results, RowRecord
+from loracompose.evaluation.sensitivity import STUDIES, Curve, Study, curves, read_curves, study_of, write_curves
+from loracompose.evaluation.sensitivity_figure import sensitivity
+from loracompose.evaluation.specification import parse_methods
+
+STUDY = Study("size", "ranks", (2, 4), {"a": "lego set.k={x}", "b": "mixture k={x}"}, pools=("small", "large"))
+ROWS = tuple(RowRecord(f"{task}{i}", task, "c", "accuracy", 0) for task in ("x", "y") for i in range(3))
+
+
+def results(pool, level, rows=ROWS):
+    x = {"small": 2, "large": 4}[pool]
+    methods = tuple(
+        MethodResult(f"{label} @ {x}", "", tuple(level + 10.0 * i for i in range(len(rows))), None, 0)
+        for label in ("a", "b")
+    )
+    protocols = tuple(
+        ProtocolResult(name, rows, ("x",) * len(rows), (1,) * len(rows), 1.0, methods)
+        for name in ("in-domain", "masked")
+    )
+    return Results({}, {}, {}, protocols)
+
+
+def test_each_point_asks_its_own_pool_with_its_own_setting():
+    assert STUDY.asked("small") == {"a @ 2": "lego set.k=2 label='a @ 2'", "b @ 2": "mixture k=2 label='b @ 2'"}
+    (lego, mixture) = parse_methods(list(STUDY.asked("large").values()))[2:]
+    assert (lego.label, lego.composer, mixture.k) == ("a @ 4", Lego(k=4), 4)
+    with pytest.raises(ValueError, match="2 points and 3 pools"):
+        replace(STUDY, pools=("p", "q", "r"))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_every_line_of_every_study_is_a_method(study):
+    for pool in set(study.pools):
+        lines = study.asked(pool)
+        assert set(lines) <= {method.label for method in parse_methods(list(lines.values()))}
+    assert study_of(study.name) is study
+
+
+def test_curves_hold_the_scores_of_every_row_and_compare_points_row_by_row():
+    found = curves(STUDY, {"small": results("small", 5.0), "large": results("large", 25.0)})
+    assert [(curve.protocol, curve.label) for curve in found] == [
+        ("in-domain", "a"),
+        ("in-domain", "b"),
+        ("masked", "a"),
+        ("masked", "b"),
+    ]
+    low, high = found[0].estimates()
+    assert (low.value, high.value) == (30.0, 50.0)
+    gain = found[0].against(4, 2).difference
+    assert (gain.value, gain.low, gain.high) == pytest.approx((20.0, 20.0, 20.0))  # the same gain on every row
+
+
+def test_pools_that_were_asked_different_rows_are_not_compared():
+    with pytest.raises(ValueError, match="asked different rows under 'in-domain'"):
+        curves(STUDY, {"small": results("small", 5.0), "large": results("large", 5.0, ROWS[:4])})
+
+
+def test_curves_are_read_back_as_they_were_written(tmp_path):
+    found = curves(STUDY, {"small": results("small", 5.0), "large": results("large", 25.0)})
+    write_curves(found, tmp_path / "s.json", {"seed": 0})
+    assert read_curves(tmp_path / "s.json") == ({"seed": 0}, found)
+    (tmp_path / "s.json").write_text('{"format": 1}')
+    with pytest.raises(ValueError, match=r"s\.json holds no curves"):
+        read_curves(tmp_path / "s.json")
+    with pytest.raises(LookupError, match="no study 'depth'; there are k, budget"):
+        study_of("depth")
+
+
+def test_the_picture_has_a_panel_a_study_and_names_every_line():
+    chance = np.random.default_rng(0)
+    tasks = tuple(row.task for row in ROWS)
+    made = [
+        Curve(s.name, protocol, label, s.points, tasks, tuple(tuple(chance.uniform(0, 90, 6)) for _ in s.points))
+        for s in STUDIES[-2:]
+        for protocol in s.protocols
+        for label in s.lines
+    ]
+    drawn = sensitivity(made, STUDIES)
+    for word in ("seeds of the adapters", "one harmful adapter in the pool", "rank gating", "in-domain", "masked"):
+        assert re.search(f"<!-- {word} -->", drawn)
+    assert "temperature" not in drawn
+    assert drawn == sensitivity(made, STUDIES)

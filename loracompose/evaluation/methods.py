@@ -220,7 +220,7 @@ class Composed:
         names = situation.found.best.names
         sets = [{name: w for name, w in zip(names, own, strict=True) if w} for own in shared.tolist()]
         # What is left of a set of one is 1 but for rounding.
-        whole = [{name: round(w, 6) for name, w in own.items()} if len(own) == 1 else own for own in sets]
+        whole: list[Set] = [{name: round(w, 6) for name, w in own.items()} if len(own) == 1 else own for own in sets]
         return [Question(row.prompt, own) for row, own in zip(situation.rows, whole, strict=True)]
 
 

@@ -218,9 +218,11 @@ class Composed:
         rest = kept.sum(dim=1, keepdim=True)
         shared = kept * total / rest.masked_fill(rest == 0, 1.0)
         names = situation.found.best.names
-        sets = [{name: w for name, w in zip(names, own, strict=True) if w} for own in shared.tolist()]
+        sets: list[dict[str | Path, float]] = [
+            {name: w for name, w in zip(names, own, strict=True) if w} for own in shared.tolist()
+        ]
         # What is left of a set of one is 1 but for rounding.
-        whole: list[Set] = [{name: round(w, 6) for name, w in own.items()} if len(own) == 1 else own for own in sets]
+        whole = [{name: round(w, 6) for name, w in own.items()} if len(own) == 1 else own for own in sets]
         return [Question(row.prompt, own) for row, own in zip(situation.rows, whole, strict=True)]
 
 

@@ -28,26 +28,47 @@ STYLE = {
 
 
 def leaderboard(summary: Summary) -> str:
-    """Scores with intervals, best on top; dashed lines are the base and the own adapter."""
+    """Scores with intervals, best on top; dashed lines are the base and the own adapter.
+
+    Where retrieval was right for some rows and wrong for others, triangles show the mean over each kind: what is lost
+    by retrieval is the way between them, what is lost by composition the way from the upper one to the oracle's.
+    """
     lines = list(reversed(summary.lines))
-    with figure(8.5, 0.34 * len(lines) + 1.2) as (plt, save):
+    told_apart = any(line.hit is not None for line in lines) and any(line.miss is not None for line in lines)
+    with figure(8.5, 0.3 * len(lines) + 1.2) as (plt, save):
         axes = plt.gca()
+        if told_apart:
+            _hits_and_misses(axes, lines)
         for y, line in enumerate(lines):
             colour = GREY if line.label in REFERENCES else BLUE
             score = line.score
             axes.plot([score.low, score.high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt", alpha=0.55)
             axes.plot(score.value, y, "o", color=colour, markersize=6)
-            end = score.value if math.isnan(score.high) else score.high
-            axes.annotate(f"{score.value:.1f}", (end, y), (6, 0), textcoords="offset points", va="center")
+            place = {"xycoords": axes.get_yaxis_transform(), "va": "center", "ha": "right"}
+            axes.annotate(f"{score.value:.1f}", (1.07, y), **place)
             if line.label in REFERENCES:
                 axes.axvline(score.value, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
         axes.set_yticks(range(len(lines)), [line.label for line in lines])
         axes.set_xlabel("mean score over tasks, with 95 % interval")
-        axes.margins(x=0.1)
+        axes.margins(x=0.03)
         axes.set_xlim(left=0.0)
+        axes.set_ylim(-0.7, len(lines) - 0.3)
+        if told_apart:
+            axes.legend(loc="lower right", fontsize=9, framealpha=0.9)
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         return save()
+
+
+def _hits_and_misses(axes: Any, lines: Sequence[Line]) -> None:
+    """Small triangles at the mean over rows whose own adapter was found first (up) and over the others (down)."""
+    for kind, marker, colour, meaning in (
+        ("hit", "^", GREEN, "own adapter found first"),
+        ("miss", "v", ORANGE, "another found first"),
+    ):
+        found = [(getattr(line, kind), y) for y, line in enumerate(lines) if getattr(line, kind) is not None]
+        x, y = zip(*found, strict=True)
+        axes.plot(x, y, marker, color=colour, markersize=4.5, markerfacecolor="white", linestyle="none", label=meaning)
 
 
 def task_heat_map(summary: Summary) -> str:
@@ -112,9 +133,9 @@ def quality_and_cost(summary: Summary) -> str:
     with figure(8.5, 5.0) as (plt, save):
         axes = plt.gca()
         most = max(1, *(line.added_bytes for line in timed))
-        for line in timed:
+        areas = [25 + 275 * line.added_bytes / most for line in timed]
+        for line, area in zip(timed, areas, strict=True):
             colour = GREY if line.label in REFERENCES else BLUE
-            area = 25 + 275 * line.added_bytes / most
             axes.scatter(
                 max(line.ms or 0.0, LEAST_MS), line.score.value, s=area, color=colour, alpha=0.7, edgecolors="white"
             )
@@ -122,7 +143,7 @@ def quality_and_cost(summary: Summary) -> str:
         for axis_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             axis_format(plt.matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         axes.margins(x=0.18, y=0.1)
-        _name_points(plt, axes, timed)
+        _name_points(plt, axes, timed, areas)
         axes.set_xlabel(f"milliseconds a prompt (area: bytes added, the largest {most / 1e6:.1f} MB)")
         axes.set_ylabel("mean score over tasks")
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -130,24 +151,36 @@ def quality_and_cost(summary: Summary) -> str:
         return save()
 
 
-def _name_points(plt: Any, axes: Any, lines: Sequence[Line]) -> None:
-    """Names beside their points, moved up, with a thin line, where they would lie on others."""
+def _name_points(plt: Any, axes: Any, lines: Sequence[Line], areas: Sequence[float]) -> None:
+    """Names beside their points, left of those near the right edge; moved up with a thin line where others lie."""
     plt.gcf().canvas.draw()  # only now are places on the page known
     points = [(max(line.ms or 0.0, LEAST_MS), line.score.value) for line in lines]
+    pixels = plt.gcf().dpi / 72
+    radii = [pixels * math.sqrt(area / math.pi) for area in areas]
     bounds = plt.matplotlib.transforms.Bbox.from_bounds
-    taken = [bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(points)]
-    for line, point in zip(lines, points, strict=True):
-        for lift in range(-3, 150, 3):
-            place = {"xy": point, "xytext": (11, lift), "textcoords": "offset points", "fontsize": 9}
-            name = axes.annotate(line.label, **place)
+    places = axes.transData.transform(points)
+    taken = [bounds(x - r, y - r, 2 * r, 2 * r) for (x, y), r in zip(places, radii, strict=True)]
+    edge = axes.get_window_extent().x1
+    for line, point, radius in zip(lines, points, radii, strict=True):
+        gap = radius / pixels + 4
+        for step in range(100):
+            lift, right = 3 * (step // 2), step % 2 == 0
+            place = {
+                "xy": point,
+                "xytext": (gap if right else -gap, lift),
+                "textcoords": "offset points",
+                "fontsize": 9,
+            }
+            name = axes.annotate(line.label, ha="left" if right else "right", va="center", **place)
             box = name.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            if box.x1 < edge and not any(box.overlaps(other) for other in taken):
                 break
             name.remove()
         taken.append(box)
         if lift > LONGEST_GAP:
             name.remove()
-            axes.annotate(line.label, **place, arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6})
+            arrow = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.6}
+            axes.annotate(line.label, ha="left" if right else "right", va="center", arrowprops=arrow, **place)
 
 
 def _matrix(

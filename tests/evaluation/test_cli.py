@@ -50,6 +50,9 @@ def test_the_committed_plan_and_the_defaults_can_be_read():
     plan = read_plan(ROOT / "benchmarks" / "leaderboard.toml")
     assert {"base", "oracle", "mixture weighting=lorauter", "lego"} <= {m.label for m in parse_methods(plan["methods"])}
     parse_methods(METHODS)
+    finalists = read_plan(ROOT / "benchmarks" / "finalists.toml")
+    assert {m.label for m in parse_methods(finalists["methods"])} <= {m.label for m in parse_methods(plan["methods"])}
+    assert finalists["max_new_tokens"] == plan["max_new_tokens"]  # or no answer would be shared
 
 
 @pytest.mark.parametrize(("text", "message"), [("rows = ", "is no TOML"), ("row = 3", "has the key 'row'")])

@@ -1,0 +1,48 @@
+"""Draw docs/sensitivity.svg and write the table of docs/sensitivity.md from benchmarks/results/sensitivity.json.
+
+python benchmarks/sensitivity_report.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loracompose.evaluation.results import write_whole
+from loracompose.evaluation.sensitivity import STUDIES, Curve, read_curves, study_of
+from loracompose.evaluation.sensitivity_figure import sensitivity
+from loracompose.evaluation.summary import interval
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- sensitivity: begin -->\n", "<!-- sensitivity: end -->"
+
+
+def table(curves: list[Curve]) -> str:
+    """One line a curve: its best and worst point, and the last against the first with the paired interval."""
+    lines = ["| study | protocol | method | best at | worst at | last point against the first |", "|---" * 6 + "|"]
+    for curve in curves:
+        found = list(zip(curve.points, curve.estimates(), strict=True))
+        best, worst = max(found, key=lambda at: at[1].value), min(found, key=lambda at: at[1].value)
+        ends = curve.against(curve.points[-1], curve.points[0]).difference
+        cells = (
+            study_of(curve.study).axis,
+            curve.protocol,
+            curve.label,
+            f"{best[0]}: {interval(best[1])}",
+            f"{worst[0]}: {interval(worst[1])}",
+            f"{curve.points[-1]} − {curve.points[0]}: {ends.value:+.1f} [{ends.low:.1f}, {ends.high:.1f}]",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Draw and write."""
+    _, curves = read_curves(ROOT / "benchmarks" / "results" / "sensitivity.json")
+    write_whole(ROOT / "docs" / "sensitivity.svg", sensitivity(curves, STUDIES))
+    document = ROOT / "docs" / "sensitivity.md"
+    head, rest = document.read_text(encoding="utf-8").split(BEGIN)
+    write_whole(document, head + BEGIN + table(curves) + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()

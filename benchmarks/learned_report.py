@@ -89,7 +89,7 @@ def claims(said: tuple[tuple[str, str, str], ...], scores: dict[str, Scores]) ->
 
 
 def verdict(gaps: dict[str, Estimate]) -> str:
-    """Confirmed or refuted where an interval is on one side of 0, by a tenth of a point at least; protocol by protocol."""
+    """Confirmed or refuted, protocol by protocol, where an interval is on one side of 0 by a tenth of a point."""
     words = {
         name: "confirmed" if gap.low > 0.1 else "refuted" if gap.high < -0.1 else "undecided"
         for name, gap in gaps.items()

@@ -15,9 +15,10 @@ from loracompose.retrieval.index import AdapterIndex
 from loracompose.retrieval.result import Retrieval
 from loracompose.retrieval.weighting import softmax_weights, top1_weights, uniform_weights
 
-SetWeighting = Literal["posterior", "uniform", "softmax", "top1", "lorauter"]
+SetWeighting = Literal["posterior", "uniform", "softmax", "top1", "lorauter", "cautious"]
 SET_WEIGHTINGS: tuple[str, ...] = get_args(SetWeighting)
 LORAUTER_TEMPERATURE = 0.2
+CAUTIOUS_TEMPERATURE, TYPICAL = 4.0, 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,9 @@ class Found:
         "posterior", "uniform", "softmax" (of the index's scores, at a temperature) and "top1" are those of
         `Retriever`. "lorauter" is LORAUTER's (arXiv:2601.21795): a softmax of cosines at temperature 0.2; the paper
         retrieves by the same cosines with representations of a validation set, here the set is the shared one and
-        the representation the mean of the card's examples.
+        the representation the mean of the card's examples. "cautious" (ours) is the posterior for prompts that are
+        typical of what they may get, and the posterior at temperature 4 for the others: a posterior says which adapter
+        fits best and is sure of it even where none fits; how usual a prompt is says whether to believe it.
         """
         found = self.first(k)
         if weighting == "posterior":
@@ -63,8 +66,16 @@ class Found:
             return top1_weights(found.scores)
         if weighting == "softmax":
             return softmax_weights(found.scores, temperature or 1.0)
+        if weighting == "cautious":
+            return self._cautious(found, temperature or CAUTIOUS_TEMPERATURE)
         cosines = self.cosines.masked_fill(~torch.isfinite(found.scores), -torch.inf)
         return softmax_weights(cosines, temperature or LORAUTER_TEMPERATURE)
+
+    def _cautious(self, found: Retrieval, temperature: float) -> Tensor:
+        if found.typicality is None:
+            raise ValueError("weighting 'cautious' needs an index whose searches tell how typical a prompt is")
+        usual = (found.typicality > TYPICAL).to(found.weights.device)[:, None]
+        return torch.where(usual, found.weights, softmax_weights(found.scores, temperature))
 
     def place(self, names: Sequence[str]) -> list[int | None]:
         """At which place, from 1, each row found the adapter named for it; None where it did not."""
@@ -86,7 +97,7 @@ def check_weighting(weighting: str, temperature: float | None) -> None:
         raise ValueError(f"weighting must be one of {', '.join(SET_WEIGHTINGS)}, got {weighting!r}")
     if weighting == "softmax" and temperature is None:
         raise ValueError("weighting 'softmax' needs a temperature; without one it is 'posterior'")
-    if temperature is not None and weighting not in ("softmax", "lorauter"):
+    if temperature is not None and weighting not in ("softmax", "lorauter", "cautious"):
         raise ValueError(f"weighting {weighting!r} uses no temperature, got {temperature!r}")
     if temperature is not None and not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
         raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,6 +52,18 @@ def test_lorauter_weighs_the_retrieved_by_a_softmax_of_cosines_at_a_fifth(index)
         want = {name: power / sum(powers.values()) for name, power in powers.items()}
         got = by_name(shared.best.names, shared.weights(2, "lorauter", None)[i : i + 1])[0]
         assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_the_cautious_posterior_is_flat_only_where_a_prompt_is_not_typical(index):
+    shared = found(index)
+    typicality = torch.tensor([0.5, 0.05, 0.01, 0.06], dtype=torch.float64)
+    shared = replace(shared, best=replace(shared.best, typicality=typicality))
+    got, sharp, flat = (shared.weights(3, *way) for way in (("cautious", 9.0), ("posterior", None), ("softmax", 9.0)))
+    assert not torch.allclose(sharp, flat, atol=0.05)
+    torch.testing.assert_close(got, torch.stack([sharp[0], flat[1], flat[2], sharp[3]]))
+    torch.testing.assert_close(shared.weights(3, "cautious", None)[1], shared.weights(3, "softmax", 4.0)[1])
+    with pytest.raises(ValueError, match="how typical"):
+        replace(shared, best=replace(shared.best, typicality=None)).weights(3, "cautious", None)
 
 
 def test_places_count_from_1_and_an_excluded_adapter_has_none(index):

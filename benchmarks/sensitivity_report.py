@@ -1,6 +1,8 @@
-"""Draw docs/sensitivity.svg and write the table of docs/sensitivity.md from benchmarks/results/sensitivity.json.
+"""Draw docs/sensitivity.svg and write docs/sensitivity.md from benchmarks/results/sensitivity.json.
 
 python benchmarks/sensitivity_report.py
+
+What stands in the document outside of its two marks is left as it is.
 """
 
 from __future__ import annotations
@@ -14,6 +16,19 @@ from loracompose.evaluation.summary import interval
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- sensitivity: begin -->\n", "<!-- sensitivity: end -->"
+DOCUMENT = f"""# What moves the scores: settings, pool, seeds, one harmful adapter
+
+One setting moves, all else stays, on the same rows ([sensitivity.json](../benchmarks/results/sensitivity.json); the
+studies stand in `loracompose/evaluation/sensitivity.py`, `benchmarks/sensitivity.py` runs them). Few rows a task: bars
+and brackets are 95 % intervals of a bootstrap over rows, paired where two points are compared. *Own seeds*: nine of the
+21 adapters trained again, each from a seed of its own, where the others share their A at step 0, which flatters methods
+that add or cluster raw factors. The harmful adapter claims every task in its card; its values are random and ten times
+as large as another's, or it was trained on responses of other rows.
+
+![scores along each axis](sensitivity.svg)
+
+{BEGIN}{END}
+"""
 
 
 def table(curves: list[Curve]) -> str:
@@ -40,7 +55,8 @@ def main() -> None:
     _, curves = read_curves(ROOT / "benchmarks" / "results" / "sensitivity.json")
     write_whole(ROOT / "docs" / "sensitivity.svg", sensitivity(curves, STUDIES))
     document = ROOT / "docs" / "sensitivity.md"
-    head, rest = document.read_text(encoding="utf-8").split(BEGIN)
+    text = document.read_text(encoding="utf-8") if document.exists() else DOCUMENT
+    head, rest = text.split(BEGIN)
     write_whole(document, head + BEGIN + table(curves) + END + rest.split(END)[1])
 
 

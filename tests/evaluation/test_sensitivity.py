@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from loracompose.evaluation.sensitivity import STUDIES, Curve, Study, curves, re
 from loracompose.evaluation.sensitivity_figure import sensitivity
 from loracompose.evaluation.specification import parse_methods
 
+ROOT = Path(__file__).parent.parent.parent
 STUDY = Study("size", "ranks", (2, 4), {"a": "lego set.k={x}", "b": "mixture k={x}"}, pools=("small", "large"))
 ROWS = tuple(RowRecord(f"{task}{i}", task, "c", "accuracy", 0) for task in ("x", "y") for i in range(3))
 
@@ -91,3 +94,35 @@ def test_the_picture_has_a_panel_a_study_and_names_every_line():
         assert re.search(f"<!-- {word} -->", drawn)
     assert "temperature" not in drawn
     assert drawn == sensitivity(made, STUDIES)
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def between(text, begin, end):
+    return text.split(begin)[1].split(end)[0]
+
+
+def test_the_sensitivity_document_and_its_figure_are_made_from_its_results():
+    made = script("sensitivity_report")
+    file = ROOT / "benchmarks" / "results" / "sensitivity.json"
+    document = ROOT / "docs" / "sensitivity.md"
+    if not file.exists():
+        assert not document.exists()  # numbers without results would be typed by hand
+        return
+    _, found = read_curves(file)
+    assert between(document.read_text(encoding="utf-8"), made.BEGIN, made.END) == made.table(found)
+    assert (ROOT / "docs" / "sensitivity.svg").exists()
+
+
+def test_the_table_says_where_each_line_is_best_and_how_its_ends_differ():
+    made = script("sensitivity_report")
+    line = Curve("k", "masked", "lego", STUDIES[0].points, ("t",) * 3, tuple((x, x + 3.0, x + 6.0) for x in range(8)))
+    row = made.table([line]).splitlines()[-1]
+    assert "| 10: 10.0 [" in row
+    assert "| 1: 3.0 [" in row
+    assert "10 − 1: +7.0 [7.0, 7.0] |" in row

@@ -50,21 +50,20 @@ ASKED = (  # the nine that exist from two seeds, and one each of three more kind
 SMALLEST = ("de_en", "product_sentiment", "snips_intent", "sst2", "trec")  # the pool of five, part of all larger ones
 
 
-def pools(adapters: Path, reseeded: Path | None, work: Path, rows: tuple[TaskRow, ...], seed: int) -> dict[str, Path]:
-    """A folder of links for every pool that a study asks."""
-    names = sorted(path.parent.name for path in adapters.glob("*/adapter_config.json"))
-    others = [name for name in names if name not in SMALLEST]
-    random.Random(seed).shuffle(others)
-    every = {name: adapters / name for name in names}
-    made = {"whole": every}
-    for size in (5, 10, 15):
-        made[str(size)] = {name: every[name] for name in (*SMALLEST, *others)[:size]}
-    if reseeded is not None:
-        swapped = {path.parent.name: path.parent for path in reseeded.glob("*/adapter_config.json")}
-        made["reseeded"] = {**every, **swapped}
-    made["random"] = {**every, HARMFUL: noise(adapters / names[0], work / "random" / HARMFUL, rows, seed)}
-    made["shuffled"] = {**every, HARMFUL: shuffled(work / "shuffled" / HARMFUL, rows, seed)}
-    return {name: linked(members, work / "pools" / name) for name, members in made.items()}
+def pool(name: str, given: argparse.Namespace, train: tuple[TaskRow, ...]) -> Path:
+    """A folder of links to the members of a pool that studies ask; a harmful member is made when it is first needed."""
+    every = {path.parent.name: path.parent for path in sorted(given.adapters.glob("*/adapter_config.json"))}
+    if name == "reseeded":
+        every |= {path.parent.name: path.parent for path in given.reseeded.glob("*/adapter_config.json")}
+    elif name == "random":
+        every[HARMFUL] = noise(next(iter(every.values())), given.work / name / HARMFUL, train, given.seed)
+    elif name == "shuffled":
+        every[HARMFUL] = shuffled(given.work / name / HARMFUL, train, given.seed)
+    elif name.isdigit():
+        others = [task for task in every if task not in SMALLEST]
+        random.Random(given.seed).shuffle(others)
+        every = {task: every[task] for task in (*SMALLEST, *others)[: int(name)]}
+    return linked(every, given.work / "pools" / name)
 
 
 def linked(members: Mapping[str, Path], folder: Path) -> Path:
@@ -116,16 +115,16 @@ def tasks_of(study: Study) -> tuple[str, ...]:
     return SMALLEST if study.name == "pool" else ASKED
 
 
-def run(study: Study, given: argparse.Namespace, folders: Mapping[str, Path], rows: tuple[TaskRow, ...]) -> list[Curve]:
+def run(study: Study, given: argparse.Namespace, rows: tuple[TaskRow, ...], train: tuple[TaskRow, ...]) -> list[Curve]:
     """Ask every pool of a study."""
     found: dict[str, Results] = {}
-    for pool in dict.fromkeys(study.pools):
-        home = given.work / "index" / pool
+    for name in dict.fromkeys(study.pools):
+        home = given.work / "index" / name
         if not home.exists():
-            AdapterIndex.build(folders[pool], home).close()
+            AdapterIndex.build(pool(name, given, train), home).close()
         plan = Plan(
-            parse_methods(list(study.asked(pool).values())),
-            tuple(get_protocol(name) for name in study.protocols),
+            parse_methods(list(study.asked(name).values())),
+            tuple(get_protocol(protocol) for protocol in study.protocols),
             tasks=tasks_of(study),
             n=given.rows,
             seed=given.seed,
@@ -133,7 +132,7 @@ def run(study: Study, given: argparse.Namespace, folders: Mapping[str, Path], ro
             timed_rows=0,
         )
         with Engine.from_pretrained(index=home) as engine, AnswerCache(given.answers) as cache:
-            found[pool] = evaluate(engine, rows, plan, cache, progress=True)
+            found[name] = evaluate(engine, rows, plan, cache, progress=True)
     return curves(study, found)
 
 
@@ -155,8 +154,7 @@ def main() -> None:
     given.answers = given.answers or given.work / "answers.sqlite"
 
     studies = [study_of(name) for name in given.only if name != "seeds" or given.reseeded is not None]
-    rows = read_tasks(given.tasks)
-    folders = pools(given.adapters, given.reseeded, given.work, read_tasks(given.tasks, "train"), given.seed)
+    rows, train = read_tasks(given.tasks), read_tasks(given.tasks, "train")
     settings = {"rows_per_task": given.rows, "seed": given.seed, "max_new_tokens": given.max_new_tokens}
     kept: list[Curve] = []
     if given.output.exists():
@@ -164,7 +162,7 @@ def main() -> None:
         if {key: before.get(key) for key in settings} != settings:
             parser.error(f"{given.output} was made with {before}; give the same settings or another file")
     for study in studies:
-        made = run(study, given, folders, rows)
+        made = run(study, given, rows, train)
         kept = [curve for curve in kept if curve.study != study.name] + made
         write_curves(kept, given.output, {**settings, "versions": versions()})
         Console().print(f"{study.name}: {len(made)} curves; {given.output}")

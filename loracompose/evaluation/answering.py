@@ -178,13 +178,15 @@ class Answerer:
 def plainly(question: Question, composer: Composer) -> tuple[Question, str]:
     """A question as simple as it comes to, and under whose name its answer is kept.
 
-    A selection is its winner at full strength, however it was weighed; and one adapter at weight 1 is that adapter for
-    every composer that only adds: the oracle's question where retrieval is right and sure.
+    A selection is its winner at full strength, however it was weighed; which of equals wins is left to the composer.
+    And one adapter at weight 1 is that adapter for every composer that only adds: the oracle's question where
+    retrieval is right and sure.
     """
     asked = question
     if isinstance(composer, Selection) and question.adapters:
-        winner = max(question.adapters, key=lambda ref: question.adapters[ref])
-        asked = Question(question.prompt, {winner: 1.0})
+        best = max(question.adapters.values())
+        winners = [ref for ref, weight in question.adapters.items() if weight == best]
+        asked = Question(question.prompt, {winners[0]: 1.0}) if len(winners) == 1 else question
     alone = isinstance(composer, ADDING) and list(asked.adapters.values()) == [1.0]
     return asked, repr(Mixture() if alone else composer)
 

@@ -113,17 +113,20 @@ def test_one_more_method_costs_only_itself(engine, tmp_path, monkeypatch):
 
 
 def test_a_selection_costs_nothing_where_its_winner_was_asked_before_and_scores_as_selection_does(engine, tmp_path):
-    alone = ("fusion k=1", "linear k=1")
-    one = run(engine, tmp_path, plan(["mixture k=1", "selection", *alone], ["in-domain"])).protocols[0]
-    with AnswerCache(tmp_path / "kept.sqlite") as cache:
-        count = len(cache)
-    (tmp_path / "without").mkdir()
-    run(engine, tmp_path / "without", plan(["mixture k=1"], ["in-domain"]))
-    with AnswerCache(tmp_path / "without" / "kept.sqlite") as cache:
-        assert len(cache) == count
-    by_label = {method.label: method for method in one.methods}
-    assert by_label["selection"].scores == by_label["mixture k=1"].scores
-    assert by_label["selection"].composer == "Selection()"
+    def asked(*methods):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        (found,) = run(engine, folder, plan(["mixture k=1", *methods], ["in-domain"])).protocols
+        with AnswerCache(folder / "kept.sqlite") as cache:
+            return len(cache), {method.label: method for method in found.methods}
+
+    alone, _ = asked()
+    flat = "selection weighting=softmax temperature=50"  # its weights are not those of one adapter
+    count, found = asked(flat, "fusion k=1", "linear k=1")
+    assert count == alone
+    assert found[flat].scores == found["mixture k=1"].scores
+    assert found[flat].composer == "Selection()"
+    assert asked("rank_gating k=1 set.m=1")[0] == alone + 8  # which is not what it is alone
+    assert asked("selection weighting=uniform")[0] == alone + 8  # which of equals wins, only the composer knows
 
 
 @pytest.mark.parametrize("composer", [Selection(), Linear(), Fusion()])

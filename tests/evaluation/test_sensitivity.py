@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
+from loracompose.adapters.checkpoint import load_adapter
 from loracompose.composers import Lego
 from loracompose.evaluation.results import MethodResult, ProtocolResult, Results, RowRecord
 from loracompose.evaluation.sensitivity import STUDIES, Curve, Study, curves, read_curves, study_of, write_curves
 from loracompose.evaluation.sensitivity_figure import sensitivity
 from loracompose.evaluation.specification import parse_methods
+from tests.engines import build_pool
+from tests.evaluation.material import CLUSTERS, task_rows
 
 ROOT = Path(__file__).parent.parent.parent
 STUDY = Study("size", "ranks", (2, 4), {"a": "lego set.k={x}", "b": "mixture k={x}"}, pools=("small", "large"))
@@ -117,6 +122,19 @@ def test_the_sensitivity_document_and_its_figure_are_made_from_its_results():
     _, found = read_curves(file)
     assert between(document.read_text(encoding="utf-8"), made.BEGIN, made.END) == made.table(found)
     assert (ROOT / "docs" / "sensitivity.svg").exists()
+
+
+def test_a_random_adapter_is_ten_times_as_large_and_claims_every_task(tmp_path):
+    made = script("sensitivity")
+    like = build_pool(tmp_path / "pool") / "sql"
+    noise = made.noise(like, tmp_path / "random" / made.HARMFUL, task_rows(), 0)
+    assert len(json.loads((noise / "card.json").read_text())["examples"]) == len(CLUSTERS)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (like, noise))
+    assert before.keys() == after.keys()
+    ratios = [(after[name].std() / before[name].std()).item() for name in before]
+    assert 9 < np.mean(ratios) < 11
+    pool = made.linked({"sql": like, made.HARMFUL: noise}, tmp_path / "linked")
+    assert load_adapter(pool / made.HARMFUL).name == made.HARMFUL
 
 
 def test_the_table_says_where_each_line_is_best_and_how_its_ends_differ():

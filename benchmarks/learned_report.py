@@ -16,16 +16,21 @@ DOCUMENT = ROOT / "docs" / "learned_methods.md"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
 UNIFORM = "mixture weighting=uniform"
 
-CLAIMS = (
-    ("finer gates beat equal weights (SMoRA's form for pools, at retrieval's weights)", "smora", UNIFORM),
-    ("a learned rank gate beats the same weights without it", "smora", "mixture"),
-    ("a router beats equal weights (RAMoLE)", "ramole", UNIFORM),
-    ("a router beats equal weights (MoLE, a gate a block)", "mole", UNIFORM),
-    ("a dynamic gate beats equal weights (LoRA-Flow)", "lora_flow", UNIFORM),
-    ("a dynamic gate beats the best static choice (LoRA-Flow)", "lora_flow", "selection"),
-    ("routing once a prompt beats equal weights (MiLoRA)", "milora", UNIFORM),
-    ("gates trained adapter by adapter beat equal weights (PHATGOOSE)", "phatgoose", UNIFORM),
+ROUTERS = (
+    ("gates per rank (SMoRA's form for pools)", "smora"),
+    ("a router per token (RAMoLE)", "ramole"),
+    ("a gate a block (MoLE)", "mole"),
+    ("a dynamic gate per layer (LoRA-Flow)", "lora_flow"),
+    ("routing once a prompt (MiLoRA)", "milora"),
+    ("gates trained adapter by adapter (PHATGOOSE)", "phatgoose"),
+    ("one learned weight a module (CAT)", "cat"),
 )
+CLAIMS = (
+    *((f"{what} beats equal weights, on equal sets", f"{name} weighting=uniform", UNIFORM) for what, name in ROUTERS),
+    *((f"{what} beats the posterior's weights, on its sets", name, "mixture") for what, name in ROUTERS),
+    ("a dynamic gate beats the best static choice (LoRA-Flow)", "lora_flow", "selection"),
+)
+
 WITHOUT_LEARNING = (
     ("sharp weights beat equal weights (posterior)", "mixture", UNIFORM),
     (

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from loracompose import running
 from loracompose.composers.base import Pool
 from loracompose.composers.fusion import Fusion
 from loracompose.composers.linear import Linear
@@ -256,13 +257,13 @@ def test_each_row_stops_at_its_own_budget():
 
 def test_rows_of_different_budgets_share_a_batch(engine, tmp_path, monkeypatch):
     widths = []
-    decode = type(engine)._decode
+    decode = running._decode
 
-    def noted(self, output, prompt_length):
+    def noted(base, output, prompt_length):
         widths.extend((row != 0).sum().item() for row in output[:, prompt_length:])
-        return decode(self, output, prompt_length)
+        return decode(base, output, prompt_length)
 
-    monkeypatch.setattr(type(engine), "_decode", noted)
+    monkeypatch.setattr(running, "_decode", noted)
     monkeypatch.setattr(harness, "token_budgets", lambda *_: {"french": 2, "mood": 4, "sql": 3, "sums": 1})
     run(engine, tmp_path, plan(["base"], ["mixed"], batch_size=20))
     assert sorted(set(widths)) == [1, 2, 3, 4]

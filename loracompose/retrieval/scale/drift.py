@@ -74,6 +74,16 @@ class Drift:
         return basis @ turn, values
 
     @cached_property
+    def rest(self) -> float:
+        """Frobenius norm of what the correction leaves out: at least `remainder`, and quicker."""
+        _, values = self.correction
+        return float(np.sqrt(max(np.vdot(self.change, self.change) - np.vdot(values, values), 0.0)))
+
+    def errs(self, bound: float) -> bool:
+        """Whether squared distances may be wrong by more than this share."""
+        return self.rest > bound and self.remainder > bound
+
+    @cached_property
     def remainder(self) -> float:
         """Spectral norm of what the correction leaves out, by power iteration."""
         directions, values = self.correction

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from loracompose.retrieval.database import Database
 from loracompose.retrieval.scale import ledger
+from loracompose.retrieval.scale.gathering import CancelledError
 from loracompose.retrieval.scale.ledger import Position, Record
-from loracompose.retrieval.scale.making import CancelledError, make_version
+from loracompose.retrieval.scale.making import make_version
 from loracompose.retrieval.scale.version import Version, damage, load_version
 from loracompose.retrieval.scale.view import View
 
@@ -30,7 +31,7 @@ class Bound:
     def exceeded(self, view: View) -> bool:
         """Whether a view has drifted too far."""
         allowed = min(max(int(self.share * len(view.gone)), self.least), self.most)
-        return view.changed > allowed or max(drift.remainder for drift in view.drifts) > self.error
+        return view.changed > allowed or any(drift.errs(self.error) for drift in view.drifts)
 
 
 DEFAULT_BOUND = Bound()

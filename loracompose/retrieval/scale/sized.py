@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loracompose.retrieval.explanation import Explanation
     from loracompose.retrieval.result import Retrieval
     from loracompose.retrieval.scale.pool import LargePool
-    from loracompose.retrieval.scale.searching import CardShelf
+    from loracompose.retrieval.scale.shelf import CardShelf
     from loracompose.retrieval.scale.view import View
 
 
@@ -109,7 +109,8 @@ class SizedPool:
         view = self.view(embedder)
         if view is None:
             return None
-        from loracompose.retrieval.scale.searching import MovedError, Request, search_view
+        from loracompose.retrieval.scale.searching import Request, search_view
+        from loracompose.retrieval.scale.shelf import MovedError
 
         given = features(embedder, prompts, view.settings)
         while view is not None:
@@ -130,7 +131,7 @@ class SizedPool:
         return explain_view(view, self._catalog, features(embedder, [prompt], view.settings), prompt, k)
 
     def _shelf(self) -> CardShelf:
-        from loracompose.retrieval.scale.searching import CardShelf
+        from loracompose.retrieval.scale.shelf import CardShelf
 
         if self._cards is None:
             self._cards = CardShelf(self._catalog)

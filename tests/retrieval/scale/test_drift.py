@@ -8,6 +8,7 @@ import pytest
 from loracompose.retrieval.discriminant import Statistics
 from loracompose.retrieval.scale.drift import RANK, Drift
 from loracompose.retrieval.scale.metric import Frame, Metric
+from loracompose.retrieval.scale.rows import Scaled
 from loracompose.retrieval.scale.statistics import Moments, deviations, moments
 
 WIDTH, SHRINKAGE = 6, 0.3
@@ -73,7 +74,8 @@ def test_the_corrected_inverse_is_that_of_the_dense_covariance(came, went):
     directions, values = drift.correction
     corrected = frame.whitening @ (np.eye(WIDTH) - directions * (values / (1 + values)) @ directions.T)
     np.testing.assert_allclose(drift.scale * corrected @ frame.whitening.T, expected, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(Metric.of(frame, drift).precision, expected, rtol=1e-4, atol=1e-6)
+    turned = Metric.of(frame, drift).turned(np.eye(WIDTH, dtype=np.float32))
+    np.testing.assert_allclose([row.vector for row in turned], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_fits_are_half_the_negative_squared_distances_under_the_current_covariance():
@@ -85,7 +87,8 @@ def test_fits_are_half_the_negative_squared_distances_under_the_current_covarian
     query = groups(1, seed=5)[0][0] - frame.centre
     gaps = query - means
     expected = -0.5 * np.einsum("cd,de,ce->c", gaps, inverse, gaps) / frame.temperature
-    np.testing.assert_allclose(metric.fits(query, means, frame.squares(means)), expected, rtol=1e-4)
+    (turned,) = metric.turned(query[None])
+    np.testing.assert_allclose(metric.fits(turned, Scaled.of(means), frame.squares(means)), expected, rtol=1e-4)
 
 
 def test_a_change_of_low_rank_is_corrected_whole_and_a_larger_one_up_to_its_remainder():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loracompose.benchmarks.scale import Given
+from loracompose.benchmarks.scale_search import Given
 from loracompose.retrieval.embedding import CallableEmbedder, features
 from loracompose.retrieval.tables import Settings
 

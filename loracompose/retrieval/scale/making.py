@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loracompose.retrieval.database import Database
@@ -35,6 +35,7 @@ def make_version(
         PermissionError: the catalog cannot be written.
     """
     token = uuid.uuid4().hex[:12]
+    ledger.prepare(database)
     _, before = ledger.generation_and_record(database)
     with _alone(home):
         _, current = ledger.generation_and_record(database)
@@ -63,14 +64,35 @@ def sweep(home: Path, *patterns: str, keep: str | None = None) -> None:
                 path.unlink(missing_ok=True)
 
 
+def sweep_abandoned(database: Database, home: Path) -> None:
+    """Delete files of versions that are neither current nor being made: what a killed process has left."""
+    with suppress(BlockingIOError), _alone(home, wait=False):
+        _, record = ledger.generation_and_record(database)
+        sweep(home, *PATTERNS, keep=None if record is None else record.token)
+
+
+def give_up(database: Database, home: Path) -> None:
+    """Forget the version of a pool that is not large any more, and keep no more of what goes.
+
+    While one is being made nothing happens.
+    """
+    with suppress(BlockingIOError), _alone(home, wait=False):
+        ledger.forget(database)
+        sweep(home, *PATTERNS)
+
+
 @contextmanager
-def _alone(home: Path) -> Iterator[None]:
-    """One version is made at a time, among all processes; on Windows, which has no such locks, within none."""
+def _alone(home: Path, *, wait: bool = True) -> Iterator[None]:
+    """One version is made at a time, among all processes; on Windows, which has no such locks, within none.
+
+    Raises:
+        BlockingIOError: one is being made, and nobody waits.
+    """
     if os.name == "nt":
         yield
         return
     import fcntl  # which only POSIX has
 
     with (home / LOCK_FILE).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -23,7 +23,7 @@ from loracompose.retrieval.scale.wordings import short_keys
 from loracompose.retrieval.scoring import Scoring
 from loracompose.retrieval.weighting import log_softmax, softmax_weights
 
-WORDED = 64
+WORDED = 32
 """Candidates whose edges and wording are looked at, the best by meaning."""
 
 _WIDEST = 4096
@@ -133,8 +133,10 @@ def _scored(
     if request.scoring != "hybrid":
         return places, fits
     order = np.argsort(-fits, kind="stable")
-    enough = np.cumsum(open_ids[order]) <= request.wanted
-    kept = order[(np.arange(len(order)) < WORDED) | (open_ids[order] & enough)]
+    kept = order[: request.wanted]
+    if not open_ids[kept].all():
+        enough = np.cumsum(open_ids[order]) <= request.wanted
+        kept = order[(np.arange(len(order)) < WORDED) | (open_ids[order] & enough)]
     places = places[kept]
     meaning, edge, wording = view.version.fitted.weights
     others = edge * view.fits(query, places, 1) + wording * view.evidence(short_keys(prompt), places)

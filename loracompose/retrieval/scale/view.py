@@ -26,6 +26,9 @@ Places = NDArray[np.int64]
 """Where adapters stand: a row of the version, or N plus a row of those that came since."""
 
 
+_TOGETHER = 1024  # changes that are added to the statistics at once: each time costs as much as a covariance
+
+
 @dataclass(frozen=True, eq=False)
 class Query:
     """One prompt as a view compares it: its centred halves, ready, and reduced as faiss is asked for it, (stored,)."""
@@ -73,9 +76,10 @@ class View:
     def _drift(self, number: int, came: Sequence[Profile], left: Sequence[Profile]) -> Drift:
         drift, frame, part = self.drifts[number], self.version.halves[number].frame, HALVES[number]
         for sign, profiles in ((1, came), (-1, left)):
-            for profile in profiles:
-                white = frame.whitened(deviations(part(profile.embeddings)))
-                drift = drift.moved(white, len(white) - 1, sign)
+            for start in range(0, len(profiles), _TOGETHER):
+                groups = [part(profile.embeddings) for profile in profiles[start : start + _TOGETHER]]
+                rows = np.concatenate([deviations(group) for group in groups])
+                drift = drift.moved(frame.whitened(rows), len(rows) - len(groups), sign)
         return drift
 
     def __len__(self) -> int:
@@ -122,8 +126,11 @@ class View:
         found = []
         for query, near, gaps in zip(queries, rows, distances, strict=True):
             kept = near >= 0
-            kept[kept] = ~self.gone[near[kept]]
-            found.append(self._with_arrivals(query, near[kept], gaps[kept], wanted.candidates))
+            if self._departed:
+                kept[kept] = ~self.gone[near[kept]]
+            if not kept.all():
+                near, gaps = near[kept], gaps[kept]
+            found.append(self._with_arrivals(query, near, gaps, wanted.candidates))
         return found
 
     def _with_arrivals(self, query: Query, rows: Places, distances: Singles, count: int) -> Places:
@@ -145,7 +152,7 @@ class View:
         """
         half, metric, arrivals = self.version.halves[number], self.metrics[number], self.arrivals
         early, late = self._parted(places)
-        if not len(late):
+        if late is None:
             return metric.fits(query.halves[number], half.means.take(places), half.squares[places])
         means = half.means.take(early).and_then(Scaled.of(arrivals.means[number][late]))
         squares = np.concatenate([half.squares[early], arrivals.squares[number][late]])
@@ -155,8 +162,9 @@ class View:
         """Evidence of a prompt, given by its short keys, for the adapters in these places, (C,)."""
         early, late = self._parted(places)
         wordings = self.version.words.take(early)
-        if len(late):
-            wordings = Wordings.joined([wordings, *(self.arrivals.wordings[row] for row in late)])
+        if late is None:
+            return self.version.frequencies.evidence(keys, wordings, self.version.sizes[early])
+        wordings = Wordings.joined([wordings, *(self.arrivals.wordings[row] for row in late)])
         sizes = np.concatenate([self.version.sizes[early], self.arrivals.sizes[late]])
         return np.asarray(self._joined(places, self.version.frequencies.evidence(keys, wordings, sizes)))
 
@@ -185,21 +193,21 @@ class View:
 
     def _gathered(self, places: Places, early: NDArray[np.int64], late: NDArray[np.int64]) -> NDArray[np.int64]:
         """What stands in these places, (C,), of numbers of the version and of what came since."""
-        if not len(late):
-            return np.asarray(early[places])
         first, second = self._parted(places)
+        if second is None:
+            return np.asarray(early[first])
         return np.asarray(self._joined(places, np.concatenate([early[first], late[second]])))
 
-    def _parted(self, places: Places) -> tuple[Places, Places]:
-        """Rows of the version, and rows of those that came since; each in the order of the places."""
+    def _parted(self, places: Places) -> tuple[Places, Places | None]:
+        """Rows of the version, and rows of those that came since, None for none; each in the order of the places."""
+        if not len(self.arrivals.ids):
+            return places, None
         late = places >= len(self.gone)
-        return places[~late], places[late] - len(self.gone)
+        return (places[~late], places[late] - len(self.gone)) if late.any() else (places, None)
 
     def _joined(self, places: Places, values: NDArray[Any]) -> NDArray[Any]:
         """Values of the parts, one after the other, in the order of the places."""
         late = places >= len(self.gone)
-        if not late.any():
-            return values
         joined = np.empty_like(values)
         joined[np.concatenate([np.flatnonzero(~late), np.flatnonzero(late)])] = values
         return joined

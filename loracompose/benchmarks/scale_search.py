@@ -53,6 +53,7 @@ def search_pool(plan: Plan) -> dict[str, Any]:
             found["search_" + scoring] = _timed(index, texts, scoring, 1)
             found[f"search_{scoring}_batch_of_{BATCH}"] = _timed(index, texts, scoring, BATCH)
         found |= {"memory_mib": _status_mib(), "memory_before_mib": before}
+        found["add_imports_ms"] = _milliseconds(_import_what_adding_needs)[0]
         changed = _Changing(index, plan)
         found |= changed.added()
         view = index._large.view()
@@ -119,6 +120,11 @@ class _Changing:
             after.append(_milliseconds(partial(self._index.search, texts[:1])))
         shutil.rmtree(self._made)
         return {"remove_ms": _spread(removing), "search_after_remove_ms": _spread(after)}
+
+
+def _import_what_adding_needs() -> None:
+    """PEFT with all that it imports: once a process, and seconds."""
+    import loracompose.retrieval.entering  # noqa: F401
 
 
 def _added(plan: Plan) -> Path:

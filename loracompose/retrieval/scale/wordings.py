@@ -66,7 +66,10 @@ def read_wordings(adapters: Sequence[Sequence[str]]) -> Wordings:
 
 def short_keys(text: str) -> Short:
     """The lower 32 bits of the keys of a text's distinct n-grams, ascending."""
-    return np.unique(ngram_keys(text).astype(np.uint32))
+    keys = np.sort(ngram_keys(text).astype(np.uint32))
+    return (
+        np.unique(keys) if (keys[1:] == keys[:-1]).any() else keys
+    )  # hardly ever are there two of the same lower bits
 
 
 class WordingFile:

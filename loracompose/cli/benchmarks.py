@@ -89,11 +89,13 @@ def scale(
         Path | None, typer.Option("--output", "-o", help="JSON file to write; pools of other sizes in it stay.")
     ] = None,
     figure: Annotated[Path | None, typer.Option(help="SVG file to draw; needs loracompose[bench].")] = None,
+    table: Annotated[Path | None, typer.Option(help="Markdown file whose table of scale is made anew.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Build synthetic pools of growing size; time, memory and recall of searching and changing them."""
     from loracompose.benchmarks.scale import SIZES, measure, result_of
     from loracompose.benchmarks.scale_figure import draw
+    from loracompose.benchmarks.scale_report import markdown, put_between_markers
 
     console = tables.console()
     pools, result = [], result_of([], output)
@@ -106,6 +108,9 @@ def scale(
             output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if figure is not None:
         draw(result, figure)
+    if table is not None:
+        text = put_between_markers(table.read_text(encoding="utf-8"), markdown(result))
+        table.write_text(text, encoding="utf-8")
     if as_json:
         tables.show_json(result)
         return

@@ -145,8 +145,8 @@ def _blocks(
         change_edges, _, own_edges = moments([edges(profile.embeddings) for profile in profiles])
         ids = np.array([profile.id for profile in profiles], dtype=np.int64)
         wordings = read_wordings([profile.prompts for profile in profiles])
-        means = (own - centres[0]).astype(np.float32), (own_edges - centres[1]).astype(np.float32)
-        yield _Block(ids, sizes, means, wordings), (change, change_edges)
+        centred = (own - centres[0]).astype(np.float32), (own_edges - centres[1]).astype(np.float32)
+        yield _Block(ids, sizes, centred, wordings), (change, change_edges)
 
 
 def _centre(groups: list[Singles], width: int) -> Singles:

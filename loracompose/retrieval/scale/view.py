@@ -218,4 +218,4 @@ def _found(known: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64
     if not len(known):
         return np.zeros(0, dtype=np.int64)
     place = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-    return place[known[place] == ids]
+    return np.asarray(place[known[place] == ids])

@@ -17,6 +17,7 @@ from loracompose.retrieval.scale.gathering import CancelledError
 from loracompose.retrieval.scale.ledger import Profile, generation_and_record
 from loracompose.retrieval.scale.making import make_version
 from loracompose.retrieval.scale.pool import Bound, LargePool
+from loracompose.retrieval.scale.structure import Breadth
 from loracompose.retrieval.scale.version import KINDS, file_of, load_version
 from loracompose.retrieval.weighting import log_softmax
 from tests.retrieval.scale.material import EMBEDDER, PROMPTS, card, enter, make_index, without_shapes
@@ -114,6 +115,19 @@ def test_an_adapter_that_is_replaced_is_found_by_its_new_examples(tmp_path):
         found = index.search([new.examples[0]], 1)
         assert found.names == ("a00003",)
         assert len(index._large.view()) == 30
+
+
+def test_what_came_is_a_candidate_by_its_distance_as_what_was_there_is(tmp_path):
+    with large(tmp_path) as index:
+        index._large.view()
+        for seed in (97, 98, 99):
+            enter(index.catalog, seed)
+        view = index._large.view()
+        prompts = [card(seed).examples[0] for seed in (99, 7, 98)]
+        queries = view.queries(features(EMBEDDER, prompts, view.settings))
+        nearest = [int(view.fits(query, np.arange(33)).argmax()) for query in queries]
+        assert nearest == [32, 7, 31]
+        assert [places.tolist() for places in view.near(queries, Breadth(1, 1))] == [[place] for place in nearest]
 
 
 @pytest.mark.parametrize("sample", [512, 8])

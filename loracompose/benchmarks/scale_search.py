@@ -128,7 +128,7 @@ def _import_what_adding_needs() -> None:
 
 
 def _added(plan: Plan) -> Path:
-    return plan.folder.parent / "added"
+    return plan.folder.with_name(f"{plan.folder.name}-added")
 
 
 def _clear(plan: Plan) -> None:

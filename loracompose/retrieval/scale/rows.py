@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_KEPT_BYTES = 256 << 20
-"""Pages of a mapped file that may stay in this process; the system's cache keeps the others."""
+_KEPT_BYTES = 64 << 20
+"""Pages of a mapped file that may stay in this process, of those that were asked for: the system maps some around them
+as well, up to seven times as many. Its cache keeps the others."""
 
 _PAGE = 4096
 _SPOTS, _SPOT_BYTES = 64, 1 << 16

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw the pools of a result of `scale.measure`: time of a search, of a change, memory, and recall."""
+    """Draw the pools of a result of `scale.result_of`: CPU time of a search, of a change, memory."""
     from matplotlib.figure import Figure  # here, for only drawing needs it
 
     pools: Sequence[Mapping[str, Any]] = result["pools"]
@@ -16,16 +16,16 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 3), layout="constrained")
     searches, changes, memory = figure.subplots(1, 3)
     for key, label in (("search_hybrid", "one prompt"), ("search_hybrid_batch_of_32", "a prompt of 32")):
-        searches.plot(sizes, [pool[key]["p50_ms"] for pool in pools], "o-", label=f"{label}, median")
-        searches.plot(sizes, [pool[key]["p99_ms"] for pool in pools], "o:", label=f"{label}, 99 %")
+        for part, style in (("50", "o-"), ("99", "o:")):
+            values = [pool[key][f"cpu_p{part}_ms"] for pool in pools]
+            searches.plot(sizes, values, style, label=f"{label}, {part} %")
     for key, label in (("add_ms", "add"), ("remove_ms", "remove"), ("search_after_add_ms", "next search")):
-        changes.plot(sizes, [pool[key]["p50"] for pool in pools], "o-", label=label)
+        changes.plot(sizes, [pool[key]["cpu_p50"] for pool in pools], "o-", label=label)
     memory.plot(sizes, [pool["memory_mib"]["present"] for pool in pools], "o-", label="while searching")
-    memory.plot(sizes, [pool["build_peak_mib"] for pool in pools], "o:", label="peak while deriving")
-    for axes, title in ((searches, "search, ms"), (changes, "change, ms (median)"), (memory, "memory, MiB")):
-        axes.set(xscale="log", xlabel="adapters", title=title)
+    memory.plot(sizes, [pool["build_peak_mib"] for pool in pools], "o:", label="peak while building")
+    titles = "search, CPU ms", "change, CPU ms (median)", "memory, MiB"
+    for axes, title in zip((searches, changes, memory), titles, strict=True):
+        axes.set(xscale="log", yscale="log", xlabel="adapters", title=title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    searches.set_yscale("log")
-    changes.set_yscale("log")
     figure.savefig(path, metadata={"Date": None})

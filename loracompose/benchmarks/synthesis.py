@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 Singles = NDArray[np.float32]
 
 BLOCK = 4096
-"""Adapters that are drawn together: adapter i is the same in every pool that has it."""
+"""Adapters that are drawn together: adapter i is the same in every pool that stores as many examples."""
 
 _MOVED, _TILTED, _PROFILE = 1.0, 0.2, 20
 _WORDS, _REPLACED = 30, 0.2
+_STOCK = 8192  # combinations that are made once, and mixed by twos
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +42,15 @@ class Profiles:
 
     @cached_property
     def deviations(self) -> Singles:
-        """What prompts deviate from the mean of their adapter, unbiased in the spread, (prompts, width)."""
+        """Draws of what prompts deviate from the mean of their adapter, unbiased in the spread, (stock, width)."""
         counts = np.bincount(self.owners)[self.owners][:, None]
-        return np.asarray((self.features - self.means[self.owners]) * np.sqrt(counts / (counts - 1)), dtype=np.float32)
+        own = (self.features - self.means[self.owners]) * np.sqrt(counts / (counts - 1))
+        return combined(own.astype(np.float32), np.random.default_rng(3))
 
     @cached_property
     def differences(self) -> Singles:
-        """What the means deviate from their mean, (adapters, width)."""
-        return np.asarray(self.means - self.means.mean(axis=0), dtype=np.float32)
+        """Draws of what the means deviate from their mean, (stock, width)."""
+        return combined((self.means - self.means.mean(axis=0)).astype(np.float32), np.random.default_rng(4))
 
     @cached_property
     def words(self) -> tuple[tuple[tuple[tuple[str, ...], ...], ...], tuple[str, ...]]:
@@ -78,48 +80,62 @@ def read_profiles(path: Path) -> tuple[list[str], NDArray[np.int64]]:
     return [line["prompt"] for line in lines], owners
 
 
-def draw_block(profiles: Profiles, block: int, examples: int) -> Drawn:
-    """The adapters of one block of `BLOCK`."""
+def draw_block(profiles: Profiles, block: int, examples: int, count: int = BLOCK) -> Drawn:
+    """The first `count` adapters of one block of `BLOCK`."""
     random = np.random.default_rng([17, block])
     width = profiles.features.shape[1]
-    bases = random.integers(0, len(profiles.means), BLOCK)
-    truths = profiles.means[bases] + _MOVED * mixed(profiles.differences, BLOCK, random)
-    truths += _TILTED * mixed(profiles.deviations, BLOCK, random)
-    spread = mixed(profiles.deviations, BLOCK * examples, random).reshape(BLOCK, examples, width)
+    bases = random.integers(0, len(profiles.means), BLOCK)[:count]
+    truths = profiles.means[bases] + _MOVED * mixed(profiles.differences, count, random)
+    truths += _TILTED * mixed(profiles.deviations, count, random)
+    spread = mixed(profiles.deviations, count * examples, random).reshape(count, examples, width)
     spread -= spread.mean(axis=1, keepdims=True)
-    error = mixed(profiles.deviations, BLOCK, random) / np.sqrt(_PROFILE)
-    drawn = (truths + error)[:, None] + spread * np.sqrt(examples / max(examples - 1, 1))
-    texts = [[worded(profiles, base, random) for _ in range(examples)] for base in bases.tolist()]
-    return Drawn(unit_quarters(drawn.reshape(-1, width)).reshape(BLOCK, examples, width), texts, truths, bases)
+    spread *= np.float32(np.sqrt(examples / max(examples - 1, 1)))
+    spread += (truths + mixed(profiles.deviations, count, random) / np.float32(np.sqrt(_PROFILE)))[:, None]
+    found = unit_quarters(spread.reshape(-1, width)).reshape(count, examples, width)
+    texts = worded(profiles, np.repeat(bases, examples), random)
+    grouped = [texts[start : start + examples] for start in range(0, len(texts), examples)]
+    return Drawn(found, grouped, truths, bases)
 
 
 def draw_queries(profiles: Profiles, drawn: Drawn, rows: NDArray[np.int64], seed: int) -> tuple[Singles, list[str]]:
     """Fresh prompts of these adapters of a block: features (rows, width) and texts."""
     random = np.random.default_rng([23, seed])
-    features = unit_quarters(drawn.truths[rows] + mixed(profiles.deviations, len(rows), random, parts=2))
-    return features, [worded(profiles, int(drawn.bases[row]), random) for row in rows]
+    features = unit_quarters(drawn.truths[rows] + mixed(profiles.deviations, len(rows), random))
+    return features, worded(profiles, drawn.bases[rows], random)
 
 
-def mixed(pool: Singles, count: int, random: np.random.Generator, parts: int = 6) -> Singles:
-    """Random combinations of rows of a pool with weights of unit length: of the same covariance, (count, width)."""
-    weights = random.standard_normal((count, parts), dtype=np.float32)
-    weights /= np.linalg.norm(weights, axis=1, keepdims=True)
-    found = np.zeros((count, pool.shape[1]), dtype=np.float32)
-    for part in range(parts):
-        found += weights[:, part, None] * pool[random.integers(0, len(pool), count)]
+def combined(pool: Singles, random: np.random.Generator) -> Singles:
+    """Random combinations of all rows of a pool with weights of unit length: of its covariance, (stock, width)."""
+    weights = random.standard_normal((_STOCK, len(pool)), dtype=np.float32)
+    return np.asarray(weights / np.linalg.norm(weights, axis=1, keepdims=True) @ pool, dtype=np.float32)
+
+
+def mixed(stock: Singles, count: int, random: np.random.Generator) -> Singles:
+    """Random combinations of two rows of a stock with weights of unit length: of its covariance, (count, width)."""
+    angles = random.random(count, dtype=np.float32) * np.float32(2 * np.pi)
+    found = stock[random.integers(0, len(stock), count)]
+    found *= np.cos(angles)[:, None]
+    other = stock[random.integers(0, len(stock), count)]
+    other *= np.sin(angles)[:, None]
+    found += other
     return found
 
 
-def worded(profiles: Profiles, base: int, random: np.random.Generator) -> str:
-    """A prompt of a real adapter, cut short, with some words replaced."""
+def worded(profiles: Profiles, bases: NDArray[np.int64], random: np.random.Generator) -> list[str]:
+    """For each real adapter that is named one of its prompts, cut short, with some words replaced."""
     own, every = profiles.words
-    words = list(own[base][int(random.integers(len(own[base])))])
-    for place in np.flatnonzero(random.random(len(words)) < _REPLACED).tolist():
-        words[place] = every[int(random.integers(len(every)))]
-    return " ".join(words)
+    chosen = (random.random(len(bases)) * np.array([len(own[base]) for base in range(len(own))])[bases]).astype(int)
+    found = [list(own[base][prompt]) for base, prompt in zip(bases.tolist(), chosen.tolist(), strict=True)]
+    rows, places = np.nonzero(random.random((len(bases), _WORDS)) < _REPLACED)
+    others = random.integers(0, len(every), len(rows))
+    for row, place, other in zip(rows.tolist(), places.tolist(), others.tolist(), strict=True):
+        if place < len(found[row]):
+            found[row][place] = every[other]
+    return [" ".join(words) for words in found]
 
 
 def unit_quarters(rows: Singles) -> Singles:
-    """Rows whose four quarters are of length 1, as those of `features` are."""
-    quarters = np.split(rows, 4, axis=1)
-    return np.concatenate([part / np.linalg.norm(part, axis=1, keepdims=True) for part in quarters], axis=1)
+    """Rows, changed in place, whose four quarters are of length 1, as those of `features` are."""
+    for part in np.split(rows, 4, axis=1):
+        part /= np.sqrt(np.einsum("nd,nd->n", part, part))[:, None]
+    return rows

@@ -80,26 +80,39 @@ def retrieval(
 @app.command()
 def scale(
     profiles: Annotated[Path, typer.Argument(help="JSON lines with the adapter and prompt of real profiles.")],
-    work: Annotated[
-        Path, typer.Argument(help="Folder for the pools: 30 GB for a million adapters, for the time being.")
-    ],
+    work: Annotated[Path, typer.Argument(help="Folder for the pools: about 12 GB for a million adapters.")],
     sizes: Annotated[list[int] | None, typer.Option("--size", help="Adapters; may be repeated.")] = None,
+    keep: Annotated[
+        bool, typer.Option(help="Leave the pools in the folder; those that are there are searched, not built.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file to write; pools of other sizes in it stay.")
     ] = None,
     figure: Annotated[Path | None, typer.Option(help="SVG file to draw; needs loracompose[bench].")] = None,
+    table: Annotated[Path | None, typer.Option(help="Markdown file whose table of scale is made anew.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Build synthetic pools of growing size; time, memory and recall of searching and changing them."""
-    from loracompose.benchmarks.scale import SIZES, measure, merged
+    from loracompose.benchmarks.scale import SIZES, measure, result_of
     from loracompose.benchmarks.scale_figure import draw
+    from loracompose.benchmarks.scale_report import markdown, put_between_markers
 
     console = tables.console()
-    result = measure(profiles, work, sizes or SIZES, lambda text: None if as_json else console.print(text))
-    if output is not None:
-        result = merged(result, output)
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    pools, result = [], result_of([], output)
+    for pool in measure(
+        profiles, work, sizes or SIZES, keep=keep, tell=lambda text: None if as_json else console.print(text)
+    ):
+        pools.append(pool)
+        result = result_of(pools, output)
+        if output is not None:  # after each size, for the next takes long
+            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if figure is not None:
         draw(result, figure)
+    if table is not None:
+        text = put_between_markers(table.read_text(encoding="utf-8"), markdown(result))
+        table.write_text(text, encoding="utf-8")
     if as_json:
         tables.show_json(result)
+        return
+    for pool in pools:
+        console.print(json.dumps(pool))

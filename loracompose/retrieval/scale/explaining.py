@@ -14,9 +14,9 @@ from loracompose.retrieval.scale.view import View
 
 def explain_view(view: View, catalog: Catalog, features: Singles, prompt: str, k: int) -> Explanation:
     """As `explain`, among the candidates; n-grams are those that speak for an adapter against the other candidates."""
-    query = [half[0] for half in view.centred(features)]
-    places = view.near(query[0], view.version.structure.breadth)
-    fits = view.fits(query[0], places)
+    (query,) = view.queries(features)
+    (places,) = view.near([query])
+    fits = view.fits(query, places)
     places = places[np.argsort(-fits, kind="stable")[: max(WORDED, k)]]
     places = places[np.argsort(view.ids(places))]
     entries = {entry.id: entry for entry in catalog.entries(view.ids(places).tolist())}

@@ -72,6 +72,13 @@ def prepare(database: Database) -> None:
             database.execute(statement)
 
 
+def forget(database: Database) -> None:
+    """Keep no version and nothing of what goes, until `prepare`."""
+    with database.writing():
+        for statement in ("DROP TRIGGER IF EXISTS departing", "DELETE FROM departures", "DELETE FROM version"):
+            database.execute(statement)
+
+
 def generation_and_record(database: Database) -> tuple[int, Record | None]:
     """The catalog's generation, and its current version."""
     query = "SELECT value, (SELECT record FROM version) FROM meta WHERE key = 'generation'"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loracompose.retrieval.scale.drift import Drift, Floats
+from loracompose.retrieval.scale.rows import Scaled
 
 Singles = NDArray[np.float32]
 
@@ -38,9 +39,13 @@ class Frame:
         """Centred features (n, D) under the frozen whitening, (n, D)."""
         return np.asarray(centred @ self.whitening)
 
+    @cached_property
+    def _single(self) -> Singles:
+        return self.whitening.astype(np.float32)
+
     def squares(self, centred: Singles) -> Singles:
         """Squared lengths of whitened means, (n,), of means (n, D) that are centred."""
-        white = centred @ self.whitening.astype(np.float32)
+        white = centred @ self._single
         return np.asarray(np.einsum("nd,nd->n", white, white))
 
     def reduced(self, centred: Singles, squares: Singles) -> Singles:
@@ -78,39 +83,56 @@ def stored_width(directions: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Metric:
-    """The inverse of the current covariance: `precision` (D, D); for candidates by way of the frozen one.
+class Turned:
+    """Half of one prompt, ready to be compared: P q, (D,), and qᵀ P q under the current inverse covariance P."""
 
-    μᵀ P μ = scale · (frozen square) - Σ shares (leaningᵀ μ)², with `leaning` (D, r) and `shares` (r,).
+    vector: Singles
+    square: float
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """The inverse of the current covariance, P = scale · (frozen inverse) - leaning diag(shares) leaningᵀ.
+
+    `leaning` (D, r), `shares` (r,). It is applied in these parts and never formed, so that a change costs no D x D.
     """
 
-    precision: Singles
+    frame: Frame
     leaning: Singles
     shares: Singles
     scale: float
-    temperature: float
 
     @classmethod
     def of(cls, frame: Frame, drift: Drift) -> Metric:
         """The metric of a version after these changes."""
         directions, values = drift.correction
-        leaning = frame.whitening @ directions  # (D, r)
         shares = drift.scale * values / (1.0 + values)
-        precision = drift.scale * frame.precision - (leaning * shares) @ leaning.T
-        single = np.float32
-        return cls(
-            precision.astype(single), leaning.astype(single), shares.astype(single), drift.scale, frame.temperature
-        )
+        leaning = frame.whitening @ directions  # (D, r)
+        return cls(frame, leaning.astype(np.float32), shares.astype(np.float32), drift.scale)
 
-    def fits(self, query: Singles, means: Singles, squares: Singles) -> Floats:
-        """How well a centred prompt (D,) fits adapters of centred means (C, D), (C,): as `Discriminant.fits`.
+    def turned(self, queries: Singles) -> list[Turned]:
+        """Centred halves of prompts, (n, D), ready to be compared."""
+        turned = self.scale * (queries @ self.frame.precision)  # (n, D)
+        if len(self.shares):
+            turned -= (queries @ self.leaning * self.shares) @ self.leaning.T
+        squares = np.einsum("nd,nd->n", queries, turned)
+        return [Turned(vector, float(square)) for vector, square in zip(turned, squares, strict=True)]
+
+    def squares(self, means: Scaled, frozen: Singles) -> Singles:
+        """Squared lengths μᵀ P μ of centred means, (C,), from those under the frozen whitening, (C,)."""
+        current = self.scale * frozen
+        if len(self.shares):
+            current -= means.times(self.leaning) ** 2 @ self.shares
+        return np.asarray(current)
+
+    def fits(self, query: Turned, means: Scaled, squares: Singles) -> Floats:
+        """How well a prompt fits adapters of centred means (C, D), (C,): as `Discriminant.fits`.
 
         Args:
-            query: centred features of one prompt; one, so that it scores the same in every batch.
+            query: half of the prompt.
             means: of the candidates.
             squares: squared lengths of the means under the frozen whitening, (C,).
         """
-        turned = self.precision @ query  # (D,)
-        current = self.scale * squares - (means @ self.leaning) ** 2 @ self.shares
-        distances = float(query @ turned) - 2.0 * (means @ turned).astype(np.float64) + current
-        return np.asarray(-0.5 * np.maximum(distances, 0.0) / self.temperature)
+        products = means.times(query.vector).astype(np.float64)
+        distances = query.square - 2.0 * products + self.squares(means, squares)
+        return np.asarray(-0.5 * np.maximum(distances, 0.0) / self.frame.temperature)

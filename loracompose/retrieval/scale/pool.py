@@ -8,8 +8,9 @@ from pathlib import Path
 
 from loracompose.retrieval.database import Database
 from loracompose.retrieval.scale import ledger
+from loracompose.retrieval.scale.gathering import CancelledError
 from loracompose.retrieval.scale.ledger import Position, Record
-from loracompose.retrieval.scale.making import CancelledError, make_version
+from loracompose.retrieval.scale.making import make_version, sweep_abandoned
 from loracompose.retrieval.scale.version import Version, damage, load_version
 from loracompose.retrieval.scale.view import View
 
@@ -30,7 +31,7 @@ class Bound:
     def exceeded(self, view: View) -> bool:
         """Whether a view has drifted too far."""
         allowed = min(max(int(self.share * len(view.gone)), self.least), self.most)
-        return view.changed > allowed or max(drift.remainder for drift in view.drifts) > self.error
+        return view.changed > allowed or any(drift.errs(self.error) for drift in view.drifts)
 
 
 DEFAULT_BOUND = Bound()
@@ -49,6 +50,8 @@ class LargePool:
         self._path, self._home, self._bound = catalog, home, bound
         self._database = Database.open(catalog)
         ledger.prepare(self._database)
+        if self._database.writable:
+            sweep_abandoned(self._database, home)
         self._view: View | None = None
         self._next: Version | None = None
         self._refreshing = threading.Lock()
@@ -71,20 +74,27 @@ class LargePool:
             PermissionError: there is no version yet and the catalog cannot be written.
             RuntimeError: making a version behind the searches failed; said once.
         """
-        self._raise_failure()
-        generation, record = ledger.generation_and_record(self._database)
-        view = self._view
-        if (
-            view is not None
-            and record is not None
-            and (view.generation, view.version.token) == (generation, record.token)
-        ):
+        view = self.unchanged()
+        if view is not None:
             return view
         with self._refreshing:
             view = self._refreshed()
             self._view, self._next = view, None
         if self._worker is None and self._bound.exceeded(view) and self._database.writable:
             self._start()
+        return view
+
+    def unchanged(self) -> View | None:
+        """The view that there is, if nothing has changed since; one question to the catalog.
+
+        Raises:
+            RuntimeError: as `current`.
+        """
+        self._raise_failure()
+        generation, record = ledger.generation_and_record(self._database)
+        view = self._view
+        if view is None or record is None or (view.generation, view.version.token) != (generation, record.token):
+            return None
         return view
 
     def wait(self) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loracompose.retrieval.explanation import Explanation
     from loracompose.retrieval.result import Retrieval
     from loracompose.retrieval.scale.pool import LargePool
-    from loracompose.retrieval.scale.searching import CardShelf
+    from loracompose.retrieval.scale.shelf import CardShelf
     from loracompose.retrieval.scale.view import View
 
 
@@ -84,17 +84,22 @@ class SizedPool:
         Raises:
             ValueError: the index was embedded with another encoder than the one given.
         """
-        if not self._is_large():  # asked first: of a pool that was emptied no version can be made
-            return None
+        view = None if self._pool is None else self._pool.unchanged()
+        if view is None:
+            if not self._is_large():  # asked first: of a pool that was emptied no version can be made
+                return None
+            view = self._opened().current()
+        if embedder is not None:
+            check_encoder(view.settings, embedder)
+        return view if len(view) > view.settings.exact_limit else None
+
+    def _opened(self) -> LargePool:
         with self._opening:
             if self._pool is None:
                 from loracompose.retrieval.scale.pool import LargePool
 
                 self._pool = LargePool(self._catalog.path, self._home)
-        view = self._pool.current()
-        if embedder is not None:
-            check_encoder(view.settings, embedder)
-        return view if len(view) > view.settings.exact_limit else None
+            return self._pool
 
     def search(
         self,
@@ -109,7 +114,8 @@ class SizedPool:
         view = self.view(embedder)
         if view is None:
             return None
-        from loracompose.retrieval.scale.searching import MovedError, Request, search_view
+        from loracompose.retrieval.scale.searching import Request, search_view
+        from loracompose.retrieval.scale.shelf import MovedError
 
         given = features(embedder, prompts, view.settings)
         while view is not None:
@@ -130,7 +136,7 @@ class SizedPool:
         return explain_view(view, self._catalog, features(embedder, [prompt], view.settings), prompt, k)
 
     def _shelf(self) -> CardShelf:
-        from loracompose.retrieval.scale.searching import CardShelf
+        from loracompose.retrieval.scale.shelf import CardShelf
 
         if self._cards is None:
             self._cards = CardShelf(self._catalog)
@@ -143,7 +149,19 @@ class SizedPool:
                 self._big = generation
             else:
                 self._small = generation
+                self._give_up()
         return generation != self._small
+
+    def _give_up(self) -> None:
+        """Forget the version of a pool that has shrunk to half of what is large: it may not soon be so again."""
+        database = self._catalog.database
+        if not database.rows("SELECT 1 FROM sqlite_master WHERE name = 'departing'") or not database.writable:
+            return
+        half = self._catalog.settings.exact_limit // 2
+        if not database.rows("SELECT 1 FROM adapters LIMIT 1 OFFSET ?", half):
+            from loracompose.retrieval.scale.making import give_up
+
+            give_up(database, self._home)
 
 
 class _Ids(Mapping[str, int]):

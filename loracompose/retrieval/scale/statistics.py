@@ -36,9 +36,10 @@ class Moments:
 def moments(groups: Sequence[NDArray[np.float32]]) -> tuple[Moments, NDArray[np.int64], Floats]:
     """The moments of adapters given by the embeddings of their examples; number of examples and mean of each."""
     sizes = np.array([len(group) for group in groups], dtype=np.int64)
-    means = np.stack([group.mean(axis=0, dtype=np.float64) for group in groups])  # (adapters, D)
-    centred = np.concatenate(groups) - np.repeat(means.astype(np.float32), sizes, axis=0)  # single: half the time
-    return Moments((centred.T @ centred).astype(np.float64), int(sizes.sum()) - len(sizes)), sizes, means
+    rows = np.concatenate(groups)  # (examples, D)
+    means = np.add.reduceat(rows, np.cumsum(sizes) - sizes, axis=0, dtype=np.float64) / sizes[:, None]  # (adapters, D)
+    rows = rows - np.repeat(means.astype(np.float32), sizes, axis=0)  # single: half the time
+    return Moments((rows.T @ rows).astype(np.float64), int(sizes.sum()) - len(sizes)), sizes, means
 
 
 def deviations(embeddings: NDArray[np.float32]) -> Floats:

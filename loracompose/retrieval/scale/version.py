@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loracompose.retrieval.embedding import edges, whole
 from loracompose.retrieval.fitting import Fitted
 from loracompose.retrieval.scale.drift import Floats
 from loracompose.retrieval.scale.ledger import Position, Record
@@ -22,6 +23,9 @@ from loracompose.retrieval.scale.structure import Breadth, Structure, read_struc
 from loracompose.retrieval.scale.wordings import Frequencies, WordingFile
 
 MEANS, EDGES, WORDS, COUNTS, VECTORS, NUMBERS = "means", "edges", "words", "counts", "faiss", "npz"
+HALVES = (whole, edges)
+"""The halves of features, in the order of `Version.halves`."""
+
 KINDS = (MEANS, EDGES, WORDS, COUNTS, VECTORS, NUMBERS)
 PATTERNS = tuple(f"version-*.{kind}" for kind in KINDS)
 """The files of versions in an index folder."""

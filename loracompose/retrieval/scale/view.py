@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loracompose.retrieval.embedding import edges, whole
+from loracompose.retrieval.scale.arrivals import Arrivals
 from loracompose.retrieval.scale.drift import Drift
 from loracompose.retrieval.scale.ledger import Position, Profile
-from loracompose.retrieval.scale.metric import Metric, Singles
+from loracompose.retrieval.scale.metric import Metric, Singles, Turned
+from loracompose.retrieval.scale.rows import Scaled
 from loracompose.retrieval.scale.statistics import deviations
 from loracompose.retrieval.scale.structure import Breadth
-from loracompose.retrieval.scale.version import Version
-from loracompose.retrieval.scale.wordings import Short, Wordings, read_wording
+from loracompose.retrieval.scale.version import HALVES, Version
+from loracompose.retrieval.scale.wordings import Short, Wordings
 from loracompose.retrieval.scoring import Scoring
 from loracompose.retrieval.tables import Settings
 
@@ -25,58 +26,15 @@ Places = NDArray[np.int64]
 """Where adapters stand: a row of the version, or N plus a row of those that came since."""
 
 
-_PARTS = (whole, edges)
+_TOGETHER = 1024  # changes that are added to the statistics at once: each time costs as much as a covariance
 
 
 @dataclass(frozen=True, eq=False)
-class Arrivals:
-    """Adapters that came since a version, all in memory: one row each of everything that a version has of them."""
+class Query:
+    """One prompt as a view compares it: its centred halves, ready, and reduced as faiss is asked for it, (stored,)."""
 
-    ids: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    means: tuple[Singles, Singles]
-    squares: tuple[Singles, Singles]
+    halves: tuple[Turned, Turned]
     reduced: Singles
-    wordings: tuple[Wordings, ...]
-
-    @classmethod
-    def none(cls, version: Version) -> Arrivals:
-        """Of no adapter."""
-        empty, frame = np.zeros(0, dtype=np.int64), version.halves[0].frame
-        none = np.zeros((0, len(frame.centre)), dtype=np.float32)
-        reduced = np.zeros((0, frame.stored), dtype=np.float32)
-        return cls(empty, empty, (none, none), (none[:, 0], none[:, 0]), reduced, ())
-
-    def with_profiles(self, version: Version, profiles: Sequence[Profile]) -> Arrivals:
-        """With more adapters, at the end."""
-        if not profiles:
-            return self
-        means = np.stack([profile.embeddings.mean(axis=0, dtype=np.float64) for profile in profiles])
-        frames = [half.frame for half in version.halves]
-        centred = [(part(means) - frame.centre).astype(np.float32) for part, frame in zip(_PARTS, frames, strict=True)]
-        squares = [frame.squares(mine) for frame, mine in zip(frames, centred, strict=True)]
-        return Arrivals(
-            np.concatenate([self.ids, [profile.id for profile in profiles]]),
-            np.concatenate([self.sizes, [len(profile.embeddings) for profile in profiles]]),
-            _extended(self.means, centred),
-            _extended(self.squares, squares),
-            np.concatenate([self.reduced, frames[0].reduced(centred[0], squares[0])]),
-            (*self.wordings, *(read_wording(profile.prompts) for profile in profiles)),
-        )
-
-    def without(self, ids: set[int]) -> Arrivals:
-        """Without the adapters of these row ids."""
-        kept = np.flatnonzero([id not in ids for id in self.ids.tolist()])
-        if len(kept) == len(self.ids):
-            return self
-        return Arrivals(
-            self.ids[kept],
-            self.sizes[kept],
-            (self.means[0][kept], self.means[1][kept]),
-            (self.squares[0][kept], self.squares[1][kept]),
-            self.reduced[kept],
-            tuple(self.wordings[row] for row in kept),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,21 +67,27 @@ class View:
         first, second = (self._drift(number, came, left) for number in range(2))
         if left:
             ids = np.array([profile.id for profile in left], dtype=np.int64)
-            gone = gone | np.isin(self.version.ids, ids)
+            gone = gone.copy()
+            gone[self._rows(np.unique(ids))] = True
             arrivals = arrivals.without(set(ids.tolist()))
         arrivals = arrivals.with_profiles(self.version, came)
         return View(generation, settings, self.version, arrivals, gone, (first, second), position)
 
     def _drift(self, number: int, came: Sequence[Profile], left: Sequence[Profile]) -> Drift:
-        drift, frame, part = self.drifts[number], self.version.halves[number].frame, _PARTS[number]
+        drift, frame, part = self.drifts[number], self.version.halves[number].frame, HALVES[number]
         for sign, profiles in ((1, came), (-1, left)):
-            for profile in profiles:
-                white = frame.whitened(deviations(part(profile.embeddings)))
-                drift = drift.moved(white, len(white) - 1, sign)
+            for start in range(0, len(profiles), _TOGETHER):
+                groups = [part(profile.embeddings) for profile in profiles[start : start + _TOGETHER]]
+                rows = np.concatenate([deviations(group) for group in groups])
+                drift = drift.moved(frame.whitened(rows), len(rows) - len(groups), sign)
         return drift
 
     def __len__(self) -> int:
-        return len(self.gone) - int(self.gone.sum()) + len(self.arrivals.ids)
+        return len(self.gone) - self._departed + len(self.arrivals.ids)
+
+    @cached_property
+    def _departed(self) -> int:
+        return int(self.gone.sum())
 
     @cached_property
     def metrics(self) -> tuple[Metric, Metric]:
@@ -145,52 +109,62 @@ class View:
     @property
     def changed(self) -> int:
         """Adapters that came or went since the version."""
-        return len(self.arrivals.ids) + int(self.gone.sum())
+        return len(self.arrivals.ids) + self._departed
 
-    def centred(self, features: Singles) -> tuple[Singles, Singles]:
-        """Both halves of features of prompts, (n, width), less the centres of the version, each (n, D)."""
-        first, second = (
-            half.frame.centred(part(features)) for half, part in zip(self.version.halves, _PARTS, strict=True)
-        )
-        return first, second
+    def queries(self, features: Singles) -> list[Query]:
+        """Prompts, given by their features, (n, width), as this view compares them."""
+        centred = [half.frame.centred(part(features)) for half, part in zip(self.version.halves, HALVES, strict=True)]
+        first, second = (metric.turned(part) for metric, part in zip(self.metrics, centred, strict=True))
+        reduced = self.version.halves[0].frame.queries(centred[0])  # (n, stored)
+        return [Query((one, other), row) for one, other, row in zip(first, second, reduced, strict=True)]
 
-    def near(self, query: Singles, breadth: Breadth) -> Places:
-        """Places of candidates for one centred whole prompt (D,): the nearest by reduced vectors, nearest first."""
-        reduced = self.version.halves[0].frame.queries(query[None])
-        rows, distances = self.version.structure.near(reduced, breadth)
-        inside = rows[0] >= 0
-        rows, distances = rows[0][inside], distances[0][inside]
-        staying = ~self.gone[rows]
-        rows, distances = rows[staying], distances[staying]
+    def near(self, queries: Sequence[Query], breadth: Breadth | None = None) -> list[Places]:
+        """For each prompt the places of candidates: the nearest by reduced vectors, nearest first."""
+        wanted = self.version.structure.breadth if breadth is None else breadth
+        asked = np.stack([query.reduced for query in queries])
+        rows, distances = self.version.structure.near(asked, wanted)  # (n, candidates) each
+        found = []
+        for query, near, gaps in zip(queries, rows, distances, strict=True):
+            kept = near >= 0
+            if self._departed:
+                kept[kept] = ~self.gone[near[kept]]
+            if not kept.all():
+                near, gaps = near[kept], gaps[kept]
+            found.append(self._with_arrivals(query, near, gaps, wanted.candidates))
+        return found
+
+    def _with_arrivals(self, query: Query, rows: Places, distances: Singles, count: int) -> Places:
         if not len(self.arrivals.ids):
-            return np.asarray(rows)
-        later = ((self.arrivals.reduced - reduced) ** 2).sum(axis=1)
+            return rows
+        reduced = query.reduced
+        later = self.arrivals.squares[0] - 2.0 * (self.arrivals.reduced @ reduced) + reduced @ reduced
         places = np.concatenate([rows, len(self.gone) + np.arange(len(later))])
         order = np.argsort(np.concatenate([distances, later]), kind="stable")
-        return np.asarray(places[order[: breadth.candidates]])
+        return np.asarray(places[order[:count]])
 
-    def fits(self, query: Singles, places: Places, number: int = 0) -> NDArray[np.float64]:
-        """How well half a prompt, centred, (D,), fits the adapters in these places, exactly, (C,).
+    def fits(self, query: Query, places: Places, number: int = 0) -> NDArray[np.float64]:
+        """How well half a prompt fits the adapters in these places, exactly, (C,).
 
         Args:
-            query: whole prompt, or with number 1 its edges.
+            query: the prompt.
             places: of the adapters.
-            number: 0 or 1.
+            number: 0 for whole prompts, 1 for their edges.
         """
         half, metric, arrivals = self.version.halves[number], self.metrics[number], self.arrivals
-        if not len(arrivals.ids):
-            return metric.fits(query, half.means.take(places), half.squares[places])
         early, late = self._parted(places)
-        means = np.concatenate([half.means.take(early), arrivals.means[number][late]])
+        if late is None:
+            return metric.fits(query.halves[number], half.means.take(places), half.squares[places])
+        means = half.means.take(early).and_then(Scaled.of(arrivals.means[number][late]))
         squares = np.concatenate([half.squares[early], arrivals.squares[number][late]])
-        return np.asarray(self._joined(places, metric.fits(query, means, squares)))
+        return np.asarray(self._joined(places, metric.fits(query.halves[number], means, squares)))
 
     def evidence(self, keys: Short, places: Places) -> NDArray[np.float64]:
         """Evidence of a prompt, given by its short keys, for the adapters in these places, (C,)."""
         early, late = self._parted(places)
         wordings = self.version.words.take(early)
-        if len(late):
-            wordings = Wordings.joined([wordings, *(self.arrivals.wordings[row] for row in late)])
+        if late is None:
+            return self.version.frequencies.evidence(keys, wordings, self.version.sizes[early])
+        wordings = Wordings.joined([wordings, *(self.arrivals.wordings[row] for row in late)])
         sizes = np.concatenate([self.version.sizes[early], self.arrivals.sizes[late]])
         return np.asarray(self._joined(places, self.version.frequencies.evidence(keys, wordings, sizes)))
 
@@ -200,13 +174,12 @@ class View:
 
     def places(self, ids: NDArray[np.int64]) -> Places:
         """Places of the adapters with these row ids, in their order; ids that are not there are left out."""
-        found = []
-        for offset, known in ((0, self.version.ids), (len(self.gone), self.arrivals.ids)):
-            if len(known):
-                place = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-                here = place[known[place] == ids]
-                found.append(offset + (here if offset else here[~self.gone[here]]))
-        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+        early, late = self._rows(ids), _found(self.arrivals.ids, ids)
+        return np.concatenate([early[~self.gone[early]], len(self.gone) + late])
+
+    def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of the version with these ids."""
+        return _found(self.version.ids, ids)
 
     def blocks(self) -> Iterator[tuple[Places, Singles, Singles]]:
         """All adapters by blocks: places, and of whole prompts the centred means and their squares."""
@@ -220,26 +193,29 @@ class View:
 
     def _gathered(self, places: Places, early: NDArray[np.int64], late: NDArray[np.int64]) -> NDArray[np.int64]:
         """What stands in these places, (C,), of numbers of the version and of what came since."""
-        if not len(late):
-            return np.asarray(early[places])
         first, second = self._parted(places)
+        if second is None:
+            return np.asarray(early[first])
         return np.asarray(self._joined(places, np.concatenate([early[first], late[second]])))
 
-    def _parted(self, places: Places) -> tuple[Places, Places]:
-        """Rows of the version, and rows of those that came since; each in the order of the places."""
+    def _parted(self, places: Places) -> tuple[Places, Places | None]:
+        """Rows of the version, and rows of those that came since, None for none; each in the order of the places."""
+        if not len(self.arrivals.ids):
+            return places, None
         late = places >= len(self.gone)
-        return places[~late], places[late] - len(self.gone)
+        return (places[~late], places[late] - len(self.gone)) if late.any() else (places, None)
 
     def _joined(self, places: Places, values: NDArray[Any]) -> NDArray[Any]:
         """Values of the parts, one after the other, in the order of the places."""
         late = places >= len(self.gone)
-        if not late.any():
-            return values
         joined = np.empty_like(values)
         joined[np.concatenate([np.flatnonzero(~late), np.flatnonzero(late)])] = values
         return joined
 
 
-def _extended(old: tuple[Singles, Singles], new: Sequence[Singles]) -> tuple[Singles, Singles]:
-    first, second = (np.concatenate(pair) for pair in zip(old, new, strict=True))
-    return first, second
+def _found(known: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where these ids stand among known ones, which ascend; those that do not are left out."""
+    if not len(known):
+        return np.zeros(0, dtype=np.int64)
+    place = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    return np.asarray(place[known[place] == ids])

@@ -7,7 +7,7 @@ with it; one that the table lacks counts as frequent as in a single example.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,15 +54,22 @@ class Wordings(NamedTuple):
         return Wordings.joined(parts)
 
 
-def read_wording(examples: Iterable[str]) -> Wordings:
-    """The n-grams of one adapter, given by its example prompts."""
-    keys, counts = np.unique(np.concatenate([short_keys(text) for text in examples]), return_counts=True)
-    return Wordings(keys, np.minimum(counts, _MANY).astype(np.uint8), np.array([len(keys)], dtype=np.int64))
+def read_wordings(adapters: Sequence[Sequence[str]]) -> Wordings:
+    """The n-grams of adapters, each given by its example prompts."""
+    found = [short_keys(text) for examples in adapters for text in examples]
+    owners = np.repeat(np.arange(len(adapters), dtype=np.uint64), [len(examples) for examples in adapters])
+    marked = np.repeat(owners << 32, [len(keys) for keys in found]) | np.concatenate(found)
+    distinct, counts = np.unique(marked, return_counts=True)  # sorted once for all of them
+    lengths = np.bincount((distinct >> 32).astype(np.int64), minlength=len(adapters))
+    return Wordings(distinct.astype(np.uint32), np.minimum(counts, _MANY).astype(np.uint8), lengths)
 
 
 def short_keys(text: str) -> Short:
     """The lower 32 bits of the keys of a text's distinct n-grams, ascending."""
-    return np.unique(ngram_keys(text).astype(np.uint32))
+    keys = np.sort(ngram_keys(text).astype(np.uint32))
+    return (
+        np.unique(keys) if (keys[1:] == keys[:-1]).any() else keys
+    )  # hardly ever are there two of the same lower bits
 
 
 class WordingFile:

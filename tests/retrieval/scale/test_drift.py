@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from loracompose.retrieval.discriminant import Statistics
+from loracompose.retrieval.scale import drift as drifting
 from loracompose.retrieval.scale.drift import RANK, Drift
 from loracompose.retrieval.scale.metric import Frame, Metric
+from loracompose.retrieval.scale.rows import Scaled
 from loracompose.retrieval.scale.statistics import Moments, deviations, moments
 
 WIDTH, SHRINKAGE = 6, 0.3
@@ -73,7 +75,8 @@ def test_the_corrected_inverse_is_that_of_the_dense_covariance(came, went):
     directions, values = drift.correction
     corrected = frame.whitening @ (np.eye(WIDTH) - directions * (values / (1 + values)) @ directions.T)
     np.testing.assert_allclose(drift.scale * corrected @ frame.whitening.T, expected, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(Metric.of(frame, drift).precision, expected, rtol=1e-4, atol=1e-6)
+    turned = Metric.of(frame, drift).turned(np.eye(WIDTH, dtype=np.float32))
+    np.testing.assert_allclose([row.vector for row in turned], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_fits_are_half_the_negative_squared_distances_under_the_current_covariance():
@@ -85,7 +88,8 @@ def test_fits_are_half_the_negative_squared_distances_under_the_current_covarian
     query = groups(1, seed=5)[0][0] - frame.centre
     gaps = query - means
     expected = -0.5 * np.einsum("cd,de,ce->c", gaps, inverse, gaps) / frame.temperature
-    np.testing.assert_allclose(metric.fits(query, means, frame.squares(means)), expected, rtol=1e-4)
+    (turned,) = metric.turned(query[None])
+    np.testing.assert_allclose(metric.fits(turned, Scaled.of(means), frame.squares(means)), expected, rtol=1e-4)
 
 
 def test_a_change_of_low_rank_is_corrected_whole_and_a_larger_one_up_to_its_remainder():
@@ -96,11 +100,35 @@ def test_a_change_of_low_rank_is_corrected_whole_and_a_larger_one_up_to_its_rema
     assert few.remainder < 1e-8
     many = drifted(frame, groups(40, seed=1, width=width), [])
     directions, values = many.correction
-    rest = np.linalg.norm(many.change - directions * values @ directions.T, 2)
+    change = many.times(np.eye(width))
+    rest = np.linalg.norm(change - directions * values @ directions.T, 2)
     assert 0 < rest
     assert many.remainder == pytest.approx(rest, rel=0.2)
-    largest = np.sort(np.abs(np.linalg.eigvalsh(many.change)))[::-1]
+    largest = np.sort(np.abs(np.linalg.eigvalsh(change)))[::-1]
     assert rest < 1.5 * largest[RANK]
+
+
+@pytest.mark.parametrize("thin", [0, 10, 1000])
+def test_changes_that_are_summed_up_and_those_that_are_kept_one_by_one_are_the_same(monkeypatch, thin):
+    monkeypatch.setattr(drifting, "_THIN", thin)
+    pool, new = groups(20), groups(7, seed=1)
+    frame, shrunk = frame_of(pool)
+    drift = drifted(frame, new, pool[:3])
+    expected = frame.whitening.T @ (current_covariance(frame, shrunk, new, pool[:3]) * drift.scale) @ frame.whitening
+    np.testing.assert_allclose(np.eye(WIDTH) + drift.times(np.eye(WIDTH)), expected, atol=1e-9)
+    np.testing.assert_allclose(drift.times(np.ones(WIDTH)), (expected - np.eye(WIDTH)).sum(axis=1), atol=1e-9)
+
+
+@pytest.mark.parametrize("thin", [20, 1000])
+def test_a_correction_errs_by_no_more_than_it_says(monkeypatch, thin):
+    monkeypatch.setattr(drifting, "_THIN", thin)
+    width = RANK + 20
+    frame, _ = frame_of(groups(200, width=width), width)
+    drift = drifted(frame, groups(40, seed=1, width=width), [])
+    directions, values = drift.correction
+    rest = np.linalg.norm(drift.times(np.eye(width)) - directions * values @ directions.T, 2)
+    assert drift.errs(0.7 * rest)
+    assert not drift.errs(1.3 * rest)
 
 
 def test_no_change_is_no_correction():

@@ -12,10 +12,11 @@ from loracompose.retrieval.building import reembed
 from loracompose.retrieval.catalog import Catalog
 from loracompose.retrieval.database import Database
 from loracompose.retrieval.embedding import CallableEmbedder
+from loracompose.retrieval.scale import making
 from loracompose.retrieval.scale.making import make_version
 from loracompose.retrieval.scale.pool import LargePool
 from loracompose.retrieval.scale.version import load_version
-from tests.retrieval.scale.material import EMBEDDER, PROMPTS, card, make_index, texts, without_shapes
+from tests.retrieval.scale.material import EMBEDDER, PROMPTS, card, enter, make_index, texts, without_shapes
 
 TURNED = CallableEmbedder(lambda texts: EMBEDDER(texts)[:, ::-1] * np.linspace(1, 3, 12), "turned", "1")
 
@@ -155,3 +156,42 @@ def test_a_narrow_filter_ranks_by_all_channels_in_a_large_pool_too(tmp_path, mon
         mine, expected = (index.search(prompts, 1, where=lambda found: found.name in keep) for index in both)
     for row in range(len(prompts)):
         assert mine.for_prompt(row)[0].card == expected.for_prompt(row)[0].card
+
+
+def test_files_of_a_version_that_a_killed_process_was_making_are_swept_when_the_pool_is_opened(tmp_path):
+    with large(tmp_path) as index:
+        index.search(PROMPTS)
+        left = index.folder / "version-0123456789ab.means"
+        left.write_bytes(b"half of it")
+        kept = set(index.folder.glob("version-*.*")) - {left}
+        with making._alone(index.folder):  # it is being made after all
+            LargePool(index.catalog.path, index.folder).close()
+            assert left.exists()
+        LargePool(index.catalog.path, index.folder).close()
+        assert set(index.folder.glob("version-*.*")) == kept
+
+
+def test_a_pool_that_shrinks_to_half_of_what_is_large_keeps_no_departures_and_may_grow_again(tmp_path):
+    def departures():
+        return index.catalog.database.rows("SELECT count(*) FROM departures")[0][0]
+
+    with large(tmp_path, range(8)) as index, make_index(tmp_path / "small", range(9), exact_limit=100) as other:
+        index.search(PROMPTS)
+        for seed in range(3, 8):
+            index.remove(card(seed).name)
+        assert departures() == 5 * 4
+        index.search(PROMPTS)  # three are left, of a limit of five: it may soon be large again
+        assert departures() == 5 * 4
+        index.remove(card(2).name)
+        index.search(PROMPTS)
+        assert departures() == 0
+        assert not list(index.folder.glob("version-*.*"))
+        index.remove(card(1).name)
+        assert departures() == 0
+        for seed in range(1, 9):
+            enter(index.catalog, seed)
+        assert len(index._large.view()) == 9
+        found, expected = index.search(PROMPTS, 9), without_shapes(other).search(PROMPTS, 9)
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-3)
+        index.remove(card(1).name)
+        assert departures() == 4

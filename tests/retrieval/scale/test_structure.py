@@ -64,3 +64,9 @@ def test_every_structure_comes_back_from_its_file(tmp_path, monkeypatch, spec):
     write_structure(chosen, tmp_path / "vectors")
     back = read_structure(chosen.spec, tmp_path / "vectors", chosen.breadth)
     np.testing.assert_array_equal(back.near(queries)[0], chosen.near(queries)[0])
+
+
+def test_where_few_candidates_miss_the_recall_more_are_fetched(monkeypatch):
+    monkeypatch.setattr(structure, "_CANDIDATES", (2, 30, 200))
+    vectors, queries = cloud(400), cloud(20, 1)
+    assert built(vectors, queries).breadth.candidates == 30

@@ -8,7 +8,7 @@ import pytest
 from loracompose.retrieval.lexicon import Lexicon, ngram_keys
 from loracompose.retrieval.scale import wordings
 from loracompose.retrieval.scale.rows import MappedFile
-from loracompose.retrieval.scale.wordings import Frequencies, WordingFile, Wordings, read_wording, short_keys
+from loracompose.retrieval.scale.wordings import Frequencies, WordingFile, Wordings, read_wordings, short_keys
 from tests.retrieval.scale.material import texts
 
 POOL = [texts(seed, 2 + seed % 3) for seed in range(12)]
@@ -16,17 +16,17 @@ POOL = [texts(seed, 2 + seed % 3) for seed in range(12)]
 
 @pytest.mark.parametrize("prompt", [texts(2, 1)[0], "w1 w2 never seen", "nothing of it", ""])
 def test_evidence_for_few_is_that_of_the_lexicon_of_all(prompt):
-    read = [read_wording(group) for group in POOL]
-    frequencies = Frequencies.of(Wordings.joined(read), sum(map(len, POOL)))
+    read = read_wordings(POOL)
+    frequencies = Frequencies.of(read, sum(map(len, POOL)))
     few = [7, 2, 3]
     sizes = np.array([len(POOL[row]) for row in few])
-    found = frequencies.evidence(short_keys(prompt), Wordings.joined(read).chosen(few), sizes)
+    found = frequencies.evidence(short_keys(prompt), read.chosen(few), sizes)
     np.testing.assert_allclose(found, Lexicon.of(POOL).scores(ngram_keys(prompt))[few])
 
 
 def test_a_table_that_is_too_small_keeps_the_most_frequent(monkeypatch):
     monkeypatch.setattr(wordings, "TABLE_SIZE", 5)
-    read = [read_wording(group) for group in POOL]
+    read = [read_wordings([group]) for group in POOL]
     whole = {}
     for wording in read:
         for key, count in zip(wording.keys.tolist(), wording.counts.tolist(), strict=True):
@@ -40,8 +40,10 @@ def test_a_table_that_is_too_small_keeps_the_most_frequent(monkeypatch):
 
 
 def test_wordings_come_back_from_their_file(tmp_path):
-    read = [read_wording(group) for group in POOL]
+    read = [read_wordings([group]) for group in POOL]
     every = Wordings.joined(read)
+    for together, alone in zip(read_wordings(POOL), every, strict=True):
+        np.testing.assert_array_equal(together, alone)
     (tmp_path / "words").write_bytes(every.keys.tobytes())
     (tmp_path / "counts").write_bytes(every.counts.tobytes())
     starts = np.concatenate([[0], np.cumsum(every.lengths)])
@@ -51,5 +53,5 @@ def test_wordings_come_back_from_their_file(tmp_path):
 
 
 def test_counts_are_of_examples_and_stop_at_what_a_byte_holds():
-    wording = read_wording(["same"] * 300 + ["other"])
+    wording = read_wordings([["same"] * 300 + ["other"]])
     assert set(wording.counts.tolist()) == {1, 255}

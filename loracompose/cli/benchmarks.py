@@ -1,4 +1,4 @@
-"""loracompose bench: crash, retrieval, scale."""
+"""loracompose bench: crash, retrieval, scale; speed, composing and stream stand in `cli.speed`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from loracompose.cli import options, tables
+from loracompose.cli import options, speed, tables
 from loracompose.cli.errors import Commands
 from loracompose.cli.quiet import quiet_loading
 from loracompose.cli.retrieval_tables import retrieval_tables, rounded
@@ -116,3 +116,8 @@ def scale(
         return
     for pool in pools:
         console.print(json.dumps(pool))
+
+
+app.command()(speed.speed)
+app.command()(speed.composing)
+app.command()(speed.stream)

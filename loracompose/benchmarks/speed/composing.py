@@ -1,0 +1,154 @@
+"""How long it takes to compose one set of adapters, beside scikit-learn's k-means and PEFT's merges."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from loracompose.adapters.lora import Adapter
+from loracompose.benchmarks.speed.case import Case, make_adapters, write_adapters
+from loracompose.benchmarks.speed.measure import machine
+from loracompose.benchmarks.speed.peft_ways import peft_model
+from loracompose.benchmarks.speed.rounds import summary
+from loracompose.composers import get_composer
+from loracompose.composers.lego import own_sign
+from loracompose.composition.bank import RankBank, content_order, gather_banks
+from loracompose.composition.clustering import kmeans
+from loracompose.models import BaseModel
+
+SET = Case(rows=1, k=3, distinct=1, ranks=(16,), targets="all")
+METHODS = ("mixture", "linear", "lego", "fusion", "knots", "magnitude_prune", "dare", "ties", "dare_ties")
+
+
+def measure(
+    base: BaseModel, *, rounds: int = 7, slow_rounds: int = 3, case: Case = SET, seed: int = 0
+) -> dict[str, Any]:
+    """Seconds to compose one set over all its modules, and what the results of two implementations differ by.
+
+    Args:
+        base: the model; only its modules' shapes matter.
+        rounds: measurements of what is fast.
+        slow_rounds: measurements of scikit-learn and PEFT, which take seconds to minutes each.
+        case: the adapters, of which one row's set is composed.
+        seed: of the adapters.
+    """
+    made = make_adapters(case, base.model, seed)
+    ordered = [made[i] for i in content_order(made)]
+    banks = gather_banks(ordered)
+    weights = torch.full((1, case.k), 1 / case.k)
+    with torch.inference_mode():
+        ours = {name: repeated(partial(get_composer(name).compose, banks, weights), rounds) for name in METHODS}
+        lego = lego_against_sklearn(banks, max(case.ranks), rounds, slow_rounds)
+    with TemporaryDirectory() as folder:
+        peft = peft_model(base.model, write_adapters(made, Path(folder)), 1)
+    linear = linear_against_svd(peft, made, ours["linear"], slow_rounds)
+    return {
+        "question": "what composing one set of adapters costs",
+        "model": base.name,
+        "modules": len(banks),
+        "adapters": case.k,
+        "ranks": list(case.ranks),
+        "machine": machine(torch.device("cpu")),
+        "seconds": {name: summary(values) for name, values in ours.items()},
+        "lego": lego,
+        "linear": linear,
+    }
+
+
+def repeated(work: Callable[[], object], rounds: int) -> list[float]:
+    """Seconds of each of several runs, after one that is not counted."""
+    work()
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def lego_against_sklearn(banks: Mapping[str, RankBank], k: int, rounds: int, slow_rounds: int) -> dict[str, Any]:
+    """The clustering alone: all modules in batches of equal shape, and module by module with n_init=10.
+
+    Both cluster the same points, each with the sign that LEGO gives it; ours may turn a point round, which can only
+    lower its inertia, so the ratio is taken on points where that changes nothing: those of one half-space.
+    """
+    from sklearn.cluster import KMeans
+
+    points = {path: own_sign(torch.cat([bank.A, bank.B.mT], dim=1)).abs() for path, bank in banks.items()}
+
+    def batched() -> float:
+        total = 0.0
+        for same in by_shape(points):
+            features = torch.stack(same).double()  # (G, R, d)
+            share = features.new_ones(features.shape[:2])
+            total += float(kmeans(features @ features.mT, share, k, n_init=10, max_iter=100, seed=0).inertia.sum())
+        return total
+
+    def one_by_one() -> float:
+        return sum(
+            float(KMeans(k, n_init=10, random_state=0).fit(cloud.double().numpy()).inertia_)
+            for cloud in points.values()
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = repeated(one_by_one, slow_rounds)
+        ours = repeated(batched, rounds)
+        ratio = batched() / one_by_one()
+    return {
+        "seconds": summary(ours),
+        "sklearn_seconds": summary(theirs),
+        "times_faster": float(np.median(theirs) / np.median(ours)),
+        "inertia_ratio": ratio,
+    }
+
+
+def by_shape(points: Mapping[str, Tensor]) -> list[list[Tensor]]:
+    """The clouds, those of equal shape together."""
+    groups: dict[tuple[int, ...], list[Tensor]] = {}
+    for cloud in points.values():
+        groups.setdefault(tuple(cloud.shape), []).append(cloud)
+    return list(groups.values())
+
+
+def linear_against_svd(
+    peft: PeftModel, adapters: Sequence[Adapter], ours: Sequence[float], rounds: int
+) -> dict[str, Any]:
+    """Re-compression of a sum: ours by factored SVD, PEFT's by forming the matrix; and the two sums' difference."""
+    names = [adapter.name for adapter in adapters]
+    rank = max(part.rank for adapter in adapters for part in adapter.factors.values())
+    seconds = []
+    for number in range(rounds):
+        start = time.perf_counter()
+        peft.add_weighted_adapter(names, [1 / len(names)] * len(names), f"svd{number}", "svd", svd_rank=rank)
+        seconds.append(time.perf_counter() - start)
+    order = content_order(adapters)
+    banks = gather_banks([adapters[i] for i in order])
+    weights = torch.full((1, len(adapters)), 1 / len(adapters))
+    deltas = get_composer("linear").compose(banks, weights)
+    worst = 0.0
+    for path, delta in deltas.items():
+        layer = peft.base_model.model.get_submodule(path)
+        own = (
+            (delta.B * delta.weights[0]) @ delta.A
+            if not delta.per_row
+            else (delta.B[0] * delta.weights[0]) @ delta.A[0]
+        )
+        theirs = layer.lora_B["svd0"].weight @ layer.lora_A["svd0"].weight * layer.scaling["svd0"]
+        worst = max(worst, float((own - theirs).detach().abs().max() / theirs.detach().abs().max()))
+    return {
+        "seconds": summary(ours),
+        "peft_seconds": summary(seconds),
+        "times_faster": float(np.median(seconds) / np.median(ours)),
+        "difference": worst,
+    }

@@ -1,0 +1,182 @@
+"""A stream of prompts over pools of growing size on disk: what a large pool costs beside a small one."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from loracompose.adapters.folder import CONFIG, WEIGHTS
+from loracompose.adapters.store import AdapterStore
+from loracompose.benchmarks.speed.case import TARGETS, Case
+from loracompose.benchmarks.speed.measure import machine
+from loracompose.composers.mixture import Mixture
+from loracompose.composition.layers import layer_of
+from loracompose.engine import Engine
+from loracompose.models import load_base
+from loracompose.runtime.attach import module_shape
+
+STORE_BYTES = 200 * 10**6
+TEXT = "Row {}: the quick brown fox jumps over the lazy dog and runs."
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What is asked of a pool.
+
+    Attributes:
+        prompts: how many prompts there are in all.
+        k: adapters of each prompt, drawn without replacement.
+        zipf: exponent: the n-th most popular adapter is drawn in proportion to n to the minus this.
+        rows: prompts that run together.
+        new_tokens: of every answer.
+        store_bytes: what the adapters in memory may occupy.
+        seed: of the drawing.
+    """
+
+    prompts: int = 1000
+    k: int = 3
+    zipf: float = 1.0
+    rows: int = 16
+    new_tokens: int = 16
+    store_bytes: int = STORE_BYTES
+    seed: int = 0
+
+    def sets(self, adapters: int) -> Iterator[list[int]]:
+        """The adapters of each prompt."""
+        random = np.random.default_rng(self.seed)
+        share = 1.0 / np.arange(1, adapters + 1) ** self.zipf
+        share /= share.sum()
+        for _ in range(self.prompts):
+            yield [int(i) for i in random.choice(adapters, self.k, replace=False, p=share)]
+
+
+def write_pool(folder: Path, size: int, model: PreTrainedModel, tick: Callable[[], None] = lambda: None) -> list[Path]:
+    """PEFT folders of adapters that all differ, in bfloat16; those that are there already stay as they are.
+
+    The numbers of an adapter are those of one of eight drawn ones, turned by its number: drawing all anew would take
+    longer than all that is measured.
+    """
+    case = Case()
+    shapes = {path: module_shape(module) for path, module in model.named_modules() if layer_of(path)}
+    drawn = [_drawn(shapes, number, case) for number in range(8)]
+    made = []
+    for number in range(size):
+        path = folder / f"adapter{number:05d}"
+        made.append(path)
+        if not (path / CONFIG).exists():
+            rank, kinds, tensors = drawn[number % 8]
+            path.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {name: tensor.roll(number // 8, -1).contiguous() for name, tensor in tensors.items()}, path / WEIGHTS
+            )
+            config = {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "r": rank,
+                "lora_alpha": rank,
+                "target_modules": list(kinds),
+                "base_model_name_or_path": model.config.name_or_path,
+            }
+            (path / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        tick()
+    return made
+
+
+def _drawn(shapes: dict[str, Any], number: int, case: Case) -> tuple[int, Sequence[str], dict[str, torch.Tensor]]:
+    random = torch.Generator().manual_seed(number)
+    rank, kinds = case.ranks[number % len(case.ranks)], TARGETS["mixed"][number % 2]
+    tensors = {}
+    for path, shape in shapes.items():
+        if shape is not None and path.rpartition(".")[2] in kinds:
+            A, B = torch.randn(rank, shape[1], generator=random), torch.randn(shape[2], rank, generator=random)
+            tensors[f"base_model.model.{path}.lora_A.weight"] = (A / shape[1] ** 0.5).to(torch.bfloat16)
+            tensors[f"base_model.model.{path}.lora_B.weight"] = (0.1 * B).to(torch.bfloat16)
+    return rank, kinds, tensors
+
+
+def measure(
+    base: str,
+    pool: Path,
+    sizes: Sequence[int],
+    stream: Stream | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Serve the stream from pools of each size, each in a process of its own, so that its memory is its own.
+
+    Args:
+        base: folder or Hub name of the base model.
+        pool: folder for the adapters; about 1 MB each; kept.
+        sizes: of the pools, which are the first so many adapters.
+        stream: what is asked.
+        tell: is told what goes on.
+    """
+    stream = stream or Stream()
+    tell(f"writing {max(sizes):,} adapters")
+    write_pool(pool, max(sizes), load_base(base).model)
+    found = {}
+    for size in sizes:
+        tell(f"serving {stream.prompts:,} prompts from {size:,} adapters")
+        with get_context("spawn").Pool(1) as process:
+            found[str(size)] = process.apply(serve, (base, pool, size, stream))
+    smallest = found[str(min(sizes))]["seconds"]
+    return {
+        "question": "what a large pool costs beside a small one",
+        "model": base,
+        "machine": machine(torch.device("cpu")),
+        "stream": asdict(stream),
+        "pools": found,
+        "seconds_to_smallest": {size: part["seconds"] / smallest for size, part in found.items()},
+    }
+
+
+def serve(base: str, pool: Path, size: int, stream: Stream) -> dict[str, Any]:
+    """Seconds, memory and what the store did while one pool served the stream."""
+    opened = load_base(base)
+    before = peak()
+    store = AdapterStore(max_bytes=stream.store_bytes, device=opened.device, dtype=torch.float32, base=opened.model)
+    folders = [pool / f"adapter{number:05d}" for number in range(size)]
+    sets = [[folders[i] for i in members] for members in stream.sets(size)]
+    prompts = [TEXT.format(i) for i in range(stream.prompts)]
+    with Engine(opened, Mixture(), store) as engine:
+        engine.generate(prompts[: stream.rows], adapters=[[]] * stream.rows, max_new_tokens=stream.new_tokens)
+        start = time.perf_counter()
+        spent: dict[str, float] = {}
+        for first in range(0, stream.prompts, stream.rows):
+            batch = slice(first, first + stream.rows)
+            answers = engine.generate(
+                prompts[batch], adapters=sets[batch], max_new_tokens=stream.new_tokens, min_new_tokens=stream.new_tokens
+            )
+            for stage, seconds in answers[0].timings.items():
+                spent[stage] = spent.get(stage, 0.0) + seconds
+        total = time.perf_counter() - start
+    stats = store.stats
+    return {
+        "seconds": total,
+        "prompts_a_second": stream.prompts / total,
+        "stages_seconds": spent,
+        "distinct_adapters": len({i for members in stream.sets(size) for i in members}),
+        "hits": stats.hits,
+        "reads": stats.misses,
+        "evictions": stats.evictions,
+        "store_mb": stats.bytes / 1e6,
+        "peak_mb": peak() / 1e6,
+        "model_mb": before / 1e6,
+    }
+
+
+def peak() -> int:
+    """Most bytes of memory that this process has occupied."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

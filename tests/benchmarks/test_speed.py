@@ -1,0 +1,128 @@
+"""The measurement of speed measures what it says: equal work, sets as drawn, times of the right thing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from loracompose.benchmarks.speed.case import Case, make_adapters, write_adapters
+from loracompose.benchmarks.speed.composing import measure as measure_composing
+from loracompose.benchmarks.speed.measure import Setting, agree, measure, opened, token_ids
+from loracompose.benchmarks.speed.published import Einsum, MergeAndRestore
+from loracompose.benchmarks.speed.rounds import Samples, compared, one_round, summary
+from loracompose.benchmarks.speed.stream import Stream, write_pool
+from loracompose.models import BaseModel
+from tests.tiny import base_model
+
+CASE = Case(rows=4, k=2, distinct=3, ranks=(2, 3), tokens=6, steps=2)
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    model = base_model("llama")
+    return BaseModel(model, None, "tiny", "given", model.device, model.dtype)  # type: ignore[arg-type]
+
+
+def test_rows_have_the_distinct_sets_in_turn_and_every_set_k_members() -> None:
+    case = Case(rows=7, k=3, distinct=5)
+    sets = case.sets()
+    assert len(set(sets)) == 5
+    assert sets[5] == sets[0]
+    assert all(len(set(members)) == 3 for members in sets)
+    torch.testing.assert_close(case.weights().sum(dim=1), torch.ones(7))
+
+
+def test_one_set_needs_only_its_own_adapters() -> None:
+    assert Case(rows=4, k=3, distinct=1).adapters == 3
+
+
+@pytest.mark.parametrize("field", ["rows", "k", "tokens", "steps"])
+def test_a_case_of_nothing_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        replace(CASE, **{field: 0})
+
+
+def test_adapters_have_unequal_ranks_and_modules(base: BaseModel) -> None:
+    adapters = make_adapters(CASE, base.model)
+    ranks = {next(iter(adapter.factors.values())).rank for adapter in adapters}
+    assert ranks == {2, 3}
+    assert len({frozenset(adapter.factors) for adapter in adapters}) > 1
+
+
+def test_every_way_that_claims_the_mixture_computes_it(base: BaseModel) -> None:
+    ids = token_ids(base, CASE, 0)[:, : CASE.tokens + 1]
+    with opened(base, CASE, 0, slow=True) as ways:
+        found = agree(ways, ids)
+    assert {name.split(",")[0] for name in found} >= {"loracompose", "PEFT set_adapter", "LoraRetriever's einsum"}
+    assert max(found.values()) < 1e-5
+
+
+def test_ways_that_differ_are_not_timed(base: BaseModel) -> None:
+    adapters = make_adapters(CASE, base.model)
+    other = make_adapters(CASE, base.model, seed=1)
+    ids = token_ids(base, CASE, 0)[:, : CASE.tokens + 1]
+    with pytest.raises(ArithmeticError, match="do not compute the same"):
+        agree([Einsum(base.model, adapters, CASE, "mixture"), Einsum(base.model, other, CASE, "mixture")], ids)
+
+
+def test_merging_and_restoring_leaves_the_weights_bit_equal(base: BaseModel) -> None:
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    one_round(MergeAndRestore(base.model, make_adapters(CASE, base.model), CASE), token_ids(base, CASE, 0), 2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
+
+
+def test_every_way_of_every_case_is_timed_in_every_round(base: BaseModel) -> None:
+    result = measure(base, {"several": CASE, "one": replace(CASE, distinct=1)}, Setting(rounds=1))
+    several, one = (case["ways"] for case in result["cases"].values())
+    assert set(several) > {name for name in one if "folded" not in name}
+    assert "merge into the weights and restore, row by row" in several  # the slow ways, on the first case alone
+    assert "merge into the weights and restore, row by row" not in one
+    assert several["base model"]["ratio_to_base"]["decode"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert several["PEFT add_weighted_adapter(cat), then adapter_names"]["once_seconds"] > 0
+    assert all(way["seconds"]["decode"]["median"] > 0 for way in several.values())
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    slow_then_fast = Samples(decode=[10.0, 1.0])
+    base = Samples(decode=[5.0, 0.5])
+    assert compared(slow_then_fast.decode, base.decode) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert summary([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+
+
+def test_composing_is_compared_on_equal_results(base: BaseModel) -> None:
+    result = measure_composing(
+        base, rounds=1, slow_rounds=1, case=Case(rows=1, k=2, distinct=1, ranks=(4,), targets="all")
+    )
+    assert result["linear"]["difference"] < 1e-4
+    assert result["lego"]["inertia_ratio"] <= 1.01
+    assert {"lego", "ties", "linear"} <= set(result["seconds"])
+
+
+def test_a_stream_prefers_popular_adapters_and_is_the_same_every_time() -> None:
+    stream = Stream(prompts=400, k=2)
+    sets = list(stream.sets(100))
+    assert sets == list(stream.sets(100))
+    assert all(len(set(members)) == 2 for members in sets)
+    drawn = [member for members in sets for member in members]
+    assert drawn.count(0) > 10 * drawn.count(60)
+
+
+def test_adapters_of_a_pool_differ_and_are_written_once(base: BaseModel, tmp_path: Path) -> None:
+    from loracompose import load_adapter
+
+    folders = write_pool(tmp_path, 20, base.model)
+    prints = {load_adapter(folder, base=base.model).fingerprint for folder in folders}
+    assert len(prints) == 20
+    before = [folder.stat().st_mtime_ns for folder in folders]
+    assert [folder.stat().st_mtime_ns for folder in write_pool(tmp_path, 20, base.model)] == before
+
+
+def test_peft_reads_the_adapters_that_are_written(base: BaseModel, tmp_path: Path) -> None:
+    from loracompose import load_adapter
+
+    made = make_adapters(CASE, base.model)
+    for adapter, folder in zip(made, write_adapters(made, tmp_path), strict=True):
+        assert set(load_adapter(folder, base=base.model).factors) == set(adapter.factors)

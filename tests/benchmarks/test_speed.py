@@ -15,6 +15,7 @@ from loracompose.benchmarks.speed.published import Einsum, MergeAndRestore
 from loracompose.benchmarks.speed.rounds import Samples, compared, one_round, summary
 from loracompose.benchmarks.speed.stream import Stream, write_pool
 from loracompose.models import BaseModel
+from loracompose.runtime.machine import DEFAULT
 from tests.tiny import base_model
 
 CASE = Case(rows=4, k=2, distinct=3, ranks=(2, 3), tokens=6, steps=2)
@@ -54,7 +55,7 @@ def test_adapters_have_unequal_ranks_and_modules(base: BaseModel) -> None:
 
 def test_every_way_that_claims_the_mixture_computes_it(base: BaseModel) -> None:
     ids = token_ids(base, CASE, 0)[:, : CASE.tokens + 1]
-    with opened(base, CASE, 0, slow=True) as ways:
+    with opened(base, CASE, 0, DEFAULT, slow=True) as ways:
         found = agree(ways, ids)
     assert {name.split(",")[0] for name in found} >= {"loracompose", "PEFT set_adapter", "LoraRetriever's einsum"}
     assert max(found.values()) < 1e-5
@@ -83,6 +84,7 @@ def test_every_way_of_every_case_is_timed_in_every_round(base: BaseModel) -> Non
     assert several["base model"]["ratio_to_base"]["decode"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert several["PEFT add_weighted_adapter(cat), then adapter_names"]["once_seconds"] > 0
     assert all(way["seconds"]["decode"]["median"] > 0 for way in several.values())
+    assert all(seconds > 0 for case in result["cases"].values() for seconds in case["floor_seconds"].values())
 
 
 def test_ratios_are_taken_within_a_round() -> None:

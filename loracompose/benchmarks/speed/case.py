@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from loracompose.adapters.checkpoint import save_adapter
 from loracompose.adapters.lora import Adapter, LoraFactors
 from loracompose.composition.layers import layer_of
-from loracompose.runtime.attach import module_shape
+from loracompose.runtime.fitting import module_shape
 
 Targets = Literal["mixed", "qv", "all"]
 

@@ -23,6 +23,8 @@ from loracompose.benchmarks.speed.ways import Base, Ours, Way, on_model
 from loracompose.composers.mixture import Mixture
 from loracompose.composers.rank_gating import RankGating
 from loracompose.models import BaseModel
+from loracompose.runtime.machine import Machine, calibrate
+from loracompose.runtime.plan import Wanted, floor_seconds
 
 ANSWER = 64  # tokens of the answer that the cost of a whole answer is stated for
 
@@ -76,40 +78,64 @@ def measure(
         ArithmeticError: two ways that must agree do not; nothing is timed then.
     """
     setting = setting or Setting()
+    rates = calibrate(base.device, base.dtype)
     found = {}
     for place, (name, case) in enumerate(cases.items()):
         tell(f"{name}: preparing")
-        found[name] = measure_case(base, case, setting, slow=setting.slow and place == 0, tell=tell)
+        found[name] = measure_case(base, case, setting, rates, slow=setting.slow and place == 0, tell=tell)
     return {
         "question": "what a batch of different compositions costs beside the base model",
         "model": base.name,
         "dtype": str(base.dtype).removeprefix("torch."),
         "machine": machine(base.device),
+        "rates": asdict(rates),
         "setting": asdict(setting),
         "cases": found,
     }
 
 
 def measure_case(
-    base: BaseModel, case: Case, setting: Setting, *, slow: bool, tell: Callable[[str], None] = lambda text: None
+    base: BaseModel,
+    case: Case,
+    setting: Setting,
+    rates: Machine,
+    *,
+    slow: bool,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Time every way on one case."""
+    """Time every way on one case; the plan and the floor count with `rates`."""
     ids = token_ids(base, case, setting.seed)
-    with opened(base, case, setting.seed, slow=slow) as ways:
+    with opened(base, case, setting.seed, rates, slow=slow) as ways:
         differences = agree(ways, ids[:, : case.tokens + 1])
         tell(f"  {len(ways)} ways agree where they must; timing {setting.rounds} rounds")
         samples = time_rounds(ways, ids, case.steps, setting.rounds)
         once = {way.name: way.once for way in ways}
         computes = {way.name: way.computes for way in ways}
+        deltas = next(way for way in ways if isinstance(way, Ours)).deltas()
+        passes = {"first_token": case.tokens, "decode": 1}
+        floor = {
+            phase: floor_seconds(deltas, tokens, itemsize=base.dtype.itemsize, machine=rates)
+            for phase, tokens in passes.items()
+        }
     reference = samples[ways[0].name]
     return {
         "case": asdict(case),
         "adapters": case.adapters,
+        "floor_seconds": floor,
+        "ratio_to_floor": to_floor(samples[ways[1].name], reference, floor),
         "ways": {
             name: described(found, reference, once[name], case.rows)
             | {"computes": computes[name], "difference": differences.get(name)}
             for name, found in samples.items()
         },
+    }
+
+
+def to_floor(found: Samples, base: Samples, floor: Mapping[str, float]) -> dict[str, Any]:
+    """Times over those of the base model and the least that the adapters can add, within a round."""
+    return {
+        phase: compared(getattr(found, phase), [seconds + least for seconds in getattr(base, phase)])
+        for phase, least in floor.items()
     }
 
 
@@ -129,7 +155,7 @@ def described(found: Samples, base: Samples, once: float, rows: int) -> dict[str
 
 
 @contextmanager
-def opened(base: BaseModel, case: Case, seed: int, *, slow: bool) -> Iterator[list[Way]]:
+def opened(base: BaseModel, case: Case, seed: int, rates: Machine, *, slow: bool) -> Iterator[list[Way]]:
     """Every way for one case; the base model is the first."""
     made = make_adapters(case, base.model, seed)
     adapters = on_model(made, base.model)
@@ -137,8 +163,10 @@ def opened(base: BaseModel, case: Case, seed: int, *, slow: bool) -> Iterator[li
         peft = peft_model(base.model, write_adapters(made, Path(folder)), case.k)
     names = [adapter.name for adapter in made]
     ways: list[Way] = [Base(base.model)]
-    forms = ["shared", "gathered", *(["folded"] if case.distinct == 1 else [])]
-    ways += [Ours(base.model, adapters, case, Mixture(), name="loracompose")]
+    forms: list[Wanted] = ["shared", "gathered"]
+    if case.distinct == 1:
+        forms.append("folded")
+    ways += [Ours(base.model, adapters, case, Mixture(), steps=ANSWER, machine=rates)]
     ways += [Ours(base.model, adapters, case, Mixture(), form=form, name=f"loracompose, {form}") for form in forms]
     ways += [Ours(base.model, adapters, case, RankGating(), name="loracompose, rank_gating", computes="something else")]
     ways += [Einsum(base.model, adapters, case, "mixture"), Einsum(base.model, adapters, case, "fusion")]

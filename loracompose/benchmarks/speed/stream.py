@@ -25,7 +25,7 @@ from loracompose.composers.mixture import Mixture
 from loracompose.composition.layers import layer_of
 from loracompose.engine import Engine
 from loracompose.models import load_base
-from loracompose.runtime.attach import module_shape
+from loracompose.runtime.fitting import module_shape
 
 STORE_BYTES = 200 * 10**6
 TEXT = "Row {}: the quick brown fox jumps over the lazy dog and runs."

@@ -17,6 +17,8 @@ from loracompose.composers import Composer
 from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.runtime.attach import attach
+from loracompose.runtime.machine import Machine
+from loracompose.runtime.plan import Wanted
 
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """(token ids (rows, seq), the cache of the tokens before, None at first) -> (logits (rows, vocabulary), cache)."""
@@ -84,13 +86,19 @@ class Base:
 
 @dataclass(frozen=True, eq=False)
 class Ours:
-    """A composer's deltas, put on the model for the length of the block; composing is timed with it."""
+    """A composer's deltas, put on the model for the length of the block; composing is timed with it.
+
+    `steps` is what the plan is told to expect, with None it never folds a composition into the weights; `machine` is
+    what it counts with.
+    """
 
     model: PreTrainedModel
     adapters: Sequence[Adapter]
     case: Case
     composer: Composer
-    form: str = "auto"
+    form: Wanted = "auto"
+    steps: int | None = None
+    machine: Machine | None = None
     name: str = "loracompose"
     computes: Computes = "the mixture"
     once: float = 0.0
@@ -105,7 +113,7 @@ class Ours:
     @contextmanager
     def ready(self) -> Iterator[Step]:
         """See `Way`."""
-        with attach(self.model, self.deltas()):
+        with attach(self.model, self.deltas(), form=self.form, tokens=self.steps, machine=self.machine):
             yield lambda ids, cache: run(self.model, ids, cache)
 
 

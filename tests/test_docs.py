@@ -120,6 +120,14 @@ def test_the_tables_of_learned_methods_are_made_from_their_results():
     assert learned_report.BEGIN + learned_report.report() + learned_report.END in text
 
 
+def test_the_tables_of_speed_are_made_from_their_results():
+    speed_report = script("speed_report")
+    for document in speed_report.DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        assert speed_report.filled(text) == text
+        assert "begin -->" in text
+
+
 def test_the_table_of_the_lego_ablation_is_made_from_its_results():
     lego_units = script("lego_units")
     results = json.loads((ROOT / "benchmarks" / "results" / "lego_units.json").read_text(encoding="utf-8"))

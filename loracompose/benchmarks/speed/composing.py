@@ -21,7 +21,6 @@ from loracompose.benchmarks.speed.measure import machine
 from loracompose.benchmarks.speed.peft_ways import peft_model
 from loracompose.benchmarks.speed.rounds import summary
 from loracompose.composers import get_composer
-from loracompose.composers.lego import own_sign
 from loracompose.composition.bank import RankBank, content_order, gather_banks
 from loracompose.composition.clustering import kmeans
 from loracompose.models import BaseModel
@@ -79,12 +78,12 @@ def repeated(work: Callable[[], object], rounds: int) -> list[float]:
 def lego_against_sklearn(banks: Mapping[str, RankBank], k: int, rounds: int, slow_rounds: int) -> dict[str, Any]:
     """The clustering alone: all modules in batches of equal shape, and module by module with n_init=10.
 
-    Both cluster the same points, each with the sign that LEGO gives it; ours may turn a point round, which can only
-    lower its inertia, so the ratio is taken on points where that changes nothing: those of one half-space.
+    Ours takes a point and its negative for the same. So both cluster magnitudes here, among which no point is nearer
+    when it is turned round.
     """
     from sklearn.cluster import KMeans
 
-    points = {path: own_sign(torch.cat([bank.A, bank.B.mT], dim=1)).abs() for path, bank in banks.items()}
+    points = {path: torch.cat([bank.A, bank.B.mT], dim=1).abs() for path, bank in banks.items()}
 
     def batched() -> float:
         total = 0.0

@@ -166,7 +166,7 @@ def opened(base: BaseModel, case: Case, seed: int, rates: Machine, *, slow: bool
     forms: list[Wanted] = ["shared", "gathered"]
     if case.distinct == 1:
         forms.append("folded")
-    ways += [Ours(base.model, adapters, case, Mixture(), steps=ANSWER, machine=rates)]
+    ways += [Ours(base.model, adapters, case, Mixture(), machine=rates)]
     ways += [Ours(base.model, adapters, case, Mixture(), form=form, name=f"loracompose, {form}") for form in forms]
     ways += [Ours(base.model, adapters, case, RankGating(), name="loracompose, rank_gating", computes="something else")]
     ways += [Einsum(base.model, adapters, case, "mixture"), Einsum(base.model, adapters, case, "fusion")]

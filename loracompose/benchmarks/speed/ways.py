@@ -88,8 +88,8 @@ class Base:
 class Ours:
     """A composer's deltas, put on the model for the length of the block; composing is timed with it.
 
-    `steps` is what the plan is told to expect, with None it never folds a composition into the weights; `machine` is
-    what it counts with.
+    As in the engine, the plan is not told how many tokens will follow, so it folds nothing into the weights by itself.
+    `machine` is what it counts with.
     """
 
     model: PreTrainedModel
@@ -97,7 +97,6 @@ class Ours:
     case: Case
     composer: Composer
     form: Wanted = "auto"
-    steps: int | None = None
     machine: Machine | None = None
     name: str = "loracompose"
     computes: Computes = "the mixture"
@@ -113,7 +112,7 @@ class Ours:
     @contextmanager
     def ready(self) -> Iterator[Step]:
         """See `Way`."""
-        with attach(self.model, self.deltas(), form=self.form, tokens=self.steps, machine=self.machine):
+        with attach(self.model, self.deltas(), form=self.form, machine=self.machine):
             yield lambda ids, cache: run(self.model, ids, cache)
 
 

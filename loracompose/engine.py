@@ -204,7 +204,7 @@ class Engine:
         """
         asked: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs)
-        budget = budget_of(batch_size, batch_tokens, max_new_tokens, settings)
+        budget = budget_of(batch_size, batch_tokens, max_new_tokens, settings, self.base.model.generation_config)
         chosen = composer_for_call(composer, self.composer, self.base)
         check_prefill(chosen, settings)
         rows, seconds = self._rows(asked, chosen, adapters, k, exclude, where)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from loracompose.batching import BATCH, Budget, budget_of, plan_batches, set_of
 from loracompose.membership import Member, rounded
@@ -48,6 +49,7 @@ def test_a_budget_of_tokens_counts_padding_answers_and_beams():
 def test_a_call_that_says_nothing_runs_32_prompts_together():
     assert budget_of(None, None, 64, {}) == Budget(BATCH, None, 64, 1)
     assert budget_of(None, 900, 64, {"num_beams": 4}) == Budget(None, 900, 64, 4)
+    assert budget_of(None, 900, 64, {}, GenerationConfig(num_beams=4)) == Budget(None, 900, 64, 4)  # the model's own
     assert budget_of(8, 900, 64, {"num_return_sequences": 3}) == Budget(8, 900, 64, 3)
 
 

@@ -93,9 +93,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, overwrite: bool)
     fresh.mkdir()
     try:
         fill(fresh)
-        allowed = stat.S_IMODE(fresh.stat().st_mode) & 0o666  # safetensors writes files that only their owner can read
-        for file in fresh.iterdir():
-            file.chmod(allowed)
+        allowed = stat.S_IMODE(fresh.stat().st_mode)  # safetensors writes files that only their owner can read
+        for file in fresh.rglob("*"):
+            file.chmod(allowed if file.is_dir() else allowed & 0o666)
             sync(file)
         sync(fresh)
         _swap(fresh, folder)

@@ -199,7 +199,7 @@ def side_by_side(group: ModuleGroup, factor: Tensor) -> Tensor:
     start = 0
     for A, B, r in zip(group.A, group.B, group.ranks, strict=True):
         units[:, start : start + r, : group.d_in] = A
-        torch.mul(B.mT, factor[start : start + r, None], out=units[:, start : start + r, group.d_in :])
+        units[:, start : start + r, group.d_in :] = B.mT * factor[start : start + r, None]
         start += r
     return units
 

@@ -100,13 +100,14 @@ class CompositionCache:
         """Compose, keep, and tell everyone who waits, whatever comes of it."""
         try:
             composed = compose()
+            entry = _Kept(composed, held_bytes(composed))
         except BaseException as error:
             with self._lock:
                 del self._pending[key]
             mine.set_exception(error)
             raise
         with self._lock:
-            self._keep(key, _Kept(composed, held_bytes(composed)))
+            self._keep(key, entry)
             del self._pending[key]
         mine.set_result(composed)
         return composed

@@ -79,8 +79,8 @@ def elect_and_average(updates: Sequence[Tensor], weights: Sequence[float], mass:
         negative = positive - vote
         up += positive
         down += negative
-        for_up.add_(positive.sign_(), alpha=abs(w))
-        for_down.add_(negative.sign_(), alpha=abs(w))
+        for_up += positive.sign_().mul_(abs(w))  # not as alpha, which must not overflow
+        for_down += negative.sign_().mul_(abs(w))
     votes = up - down
     # a sum of rounding errors elects nobody
     sure = votes.abs().sub_(up + down, alpha=64 * torch.finfo(votes.dtype).eps).sign_().relu_()

@@ -86,7 +86,7 @@ def task_heat_map(summary: Summary) -> str:
 def wins(summary: Summary) -> str:
     """Difference of every method (row) to every other (column), and on how many tasks it is ahead and behind.
 
-    Bold where the interval leaves out 0.
+    Bold where the interval leaves out 0 and at least 16 rows differ.
     """
     labels = [line.label for line in summary.lines]
     values = np.full((len(labels), len(labels)), np.nan)
@@ -95,7 +95,7 @@ def wins(summary: Summary) -> str:
     for (first, second), comparison in summary.comparisons().items():
         at = labels.index(first), labels.index(second)
         values[at] = comparison.difference.value
-        sure[at] = comparison.difference.excludes_zero
+        sure[at] = comparison.claimed.excludes_zero
         texts[at] = f"{comparison.difference.value:+.0f}\n{comparison.won}:{comparison.lost}"
     size = 0.5 * len(labels) + 2.8
     reach = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0

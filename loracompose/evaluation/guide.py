@@ -32,11 +32,11 @@ QUESTIONS = (
     ("averaging A and B apart (fusion), against summing updates", "fusion", "mixture"),
     ("re-compressing the sum to one adapter's rank (linear)", "linear", "mixture"),
     ("8 ranks a token (rank_gating), against all", "rank_gating", "mixture"),
-    ("LoRA-Flow's gates, against equal weights", "lora_flow", "mixture weighting=uniform"),
-    ("RAMoLE's router, against equal weights", "ramole", "mixture weighting=uniform"),
-    ("MoLE's gates, against equal weights", "mole", "mixture weighting=uniform"),
-    ("MiLoRA's routing, against equal weights", "milora", "mixture weighting=uniform"),
-    ("PHATGOOSE's gates, against equal weights", "phatgoose", "mixture weighting=uniform"),
+    ("LoRA-Flow's gates on probability's sets, against its weights", "lora_flow", "mixture"),
+    ("RAMoLE's router on probability's sets, against its weights", "ramole", "mixture"),
+    ("MoLE's gates on probability's sets, against its weights", "mole", "mixture"),
+    ("MiLoRA's routing on probability's sets, against its weights", "milora", "mixture"),
+    ("PHATGOOSE's gates on probability's sets, against its weights", "phatgoose", "mixture"),
     ("SMoRA's gate at weights by probability, against no gate", "smora", "mixture"),
     ("all adapters of the pool equally, against the first one found", "uniform_all", "selection"),
 )
@@ -150,7 +150,7 @@ def questions(summaries: Sequence[Summary]) -> str:
     for text, method, other in QUESTIONS:
         if not all({method, other} <= set(summary.scores.labels) for summary in summaries):
             continue
-        gains = [summary.scores.difference(method, other).difference for summary in summaries]
+        gains = [summary.scores.difference(method, other).claimed for summary in summaries]
         rows.append([text, *map(_gain, gains), verdict(gains)])
     return _table(heads, rows)
 
@@ -196,7 +196,7 @@ def sensitivity(curves: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _apart(summary: Summary, label: str, other: str) -> bool:
-    gap = summary.scores.difference(label, other).difference
+    gap = summary.scores.difference(label, other).claimed
     return gap.excludes_zero and abs(gap.value) > LEAST
 
 

@@ -211,10 +211,10 @@ class Composed:
     temperature: float | None = None
 
     def questions(self, situation: Situation) -> list[Question | None]:
-        """Members of weight 0, or of a share below `LEAST`, are left out; the others keep their sum."""
+        """Members of weight 0, or of less than `LEAST` of the largest, are left out; the others keep their sum."""
         weights = situation.found.weights(self.k, self.weighting, self.temperature).double()
         total = weights.sum(dim=1, keepdim=True)
-        kept = weights * (weights > LEAST * total)
+        kept = weights * (weights > LEAST * weights.amax(dim=1, keepdim=True))
         rest = kept.sum(dim=1, keepdim=True)
         shared = kept * total / rest.masked_fill(rest == 0, 1.0)
         names = situation.found.best.names

@@ -94,7 +94,7 @@ def _table(summary: Summary) -> str:
         sure = [
             c.difference.value
             for (first, _), c in comparisons.items()
-            if first == line.label and c.difference.excludes_zero
+            if first == line.label and c.claimed.excludes_zero
         ]
         cells = (
             f"<code>{escape(line.label)}</code>",

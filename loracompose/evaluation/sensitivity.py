@@ -175,9 +175,15 @@ def curves(study: Study, by_pool: Mapping[str, Results]) -> list[Curve]:
         tasks = tuple(row.task for row in next(iter(rounds.values())).rows)
         scores = {method.label: method.scores for protocol in rounds.values() for method in protocol.methods}
         for label in study.lines:
-            own = tuple(tuple(float(s or 0.0) for s in scores[f"{label} @ {x}"]) for x in study.points)
+            own = tuple(tuple(_defined(s, label) for s in scores[f"{label} @ {x}"]) for x in study.points)
             found.append(Curve(study.name, name, label, study.points, tasks, own))
     return found
+
+
+def _defined(score: float | None, label: str) -> float:
+    if score is None:
+        raise ValueError(f"{label!r} is not defined on every row; a study needs methods that are")
+    return float(score)
 
 
 def write_curves(found: Iterable[Curve], file: str | Path, settings: Mapping[str, Any]) -> None:

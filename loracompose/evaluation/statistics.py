@@ -33,6 +33,9 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
+FEWEST = 16  # rows
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One method against another.
@@ -41,11 +44,22 @@ class Comparison:
         difference: of their scores, with its paired interval.
         won: tasks on which the first has the higher score.
         lost: tasks on which it has the lower.
+        moved: rows on which their scores differ.
     """
 
     difference: Estimate
     won: int
     lost: int
+    moved: int
+
+    @property
+    def claimed(self) -> Estimate:
+        """The difference as evidence: without an interval where fewer than `FEWEST` rows differ.
+
+        With few rows that differ, resamples of two or three rows a task cannot reach the tails: of two methods that are
+        equally good, up to half the intervals would leave out 0.
+        """
+        return self.difference if self.moved >= FEWEST else Estimate(self.difference.value, np.nan, np.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +115,8 @@ class Scores:
         defined = self._defined(first) & self._defined(second)
         gap = self.by_task()[:, self.labels.index(label)] - self.by_task()[:, self.labels.index(other)]
         gap = gap[defined]
-        return Comparison(self._mean(first - second, defined), int((gap > 0).sum()), int((gap < 0).sum()))
+        moved = int((first != second)[defined[self.owner]].sum())
+        return Comparison(self._mean(first - second, defined), int((gap > 0).sum()), int((gap < 0).sum()), moved)
 
     def normalised(self, label: str, base: str = "base", oracle: str = "oracle") -> Estimate | None:
         """100 (score - base) / (oracle - base), on the tasks on which all three are defined.

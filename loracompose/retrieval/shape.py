@@ -23,8 +23,8 @@ _NUMBER = re.compile(r"\d+")
 _SPACED_MARK = re.compile(r" [.,]")
 _END = re.compile(
     r"(?<!\b[^\W\d_])(?<!\b[A-Z][a-z])"  # not after initials, nor "Mr" and the like
-    r"[.!?]+[\"'”)\]]*"
-    r"(?=\s*$|\s+[\"'“(\[]*\s*[^\W_a-z]|\s+[\"'“(\[]+\s)"  # the text ends, or a sentence begins
+    r"[.!?]++[\"'”)\]]*+"  # possessive: no input makes the search quadratic
+    r"(?=\s*+$|\s++(?:[\"'“(\[]++\s*+)?[^\W_a-z]|\s++[\"'“(\[]++\s)"  # the text ends, or a sentence begins
 )
 
 

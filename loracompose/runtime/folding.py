@@ -73,5 +73,5 @@ def folded(modules: Mapping[str, nn.Module], deltas: Mapping[str, LowRankDelta])
             modules[path].weight = changed
         yield
     finally:
-        for path, weight in own.items():
+        for path, weight in reversed(own.items()):  # two paths may lead to one module
             modules[path].weight = weight

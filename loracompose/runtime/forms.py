@@ -122,11 +122,15 @@ class SharedForm:
     def _for(self, times: int) -> tuple[Tensor | None, Tensor | None]:
         """Weights and what is switched off, (batch * times, 1, R), None where they would change nothing."""
         if times not in self._spread:
-            weights = self._weights.repeat_interleave(times, dim=0)[:, None].to(self._place) if self._scales else None
-            some = bool(self._off.any())
-            off = self._off.repeat_interleave(times, dim=0)[:, None].to(self._place) if some else None
-            self._spread[times] = weights, off
+            with torch.inference_mode(False), torch.no_grad():  # passes outside of inference mode may follow
+                self._spread[times] = (
+                    self._repeated(self._weights, times) if self._scales else None,
+                    self._repeated(self._off, times) if bool(self._off.any()) else None,
+                )
         return self._spread[times]
+
+    def _repeated(self, by_row: Tensor, times: int) -> Tensor:
+        return by_row.repeat_interleave(times, dim=0)[:, None].to(self._place)
 
 
 class GatheredForm:

@@ -62,7 +62,8 @@ class RowOperator:
             x = x.expand(batch, -1)  # positions are often looked up once for all rows; compositions differ by row
         times = times_of(x, batch, context.module)
         if times not in self._repeated:
-            self._repeated[times] = self._delta.repeat(times)
+            with torch.inference_mode(False):  # what is made in inference mode could not be used outside of it
+                self._repeated[times] = self._delta.repeat(times)
         delta = self._repeated[times]
         if self._sparse is not None and self._active_pays(x):
             return run_active(delta, self._sparse, x, context)
@@ -168,23 +169,25 @@ class StaticGroup:
         return form, form.shrink(x)
 
     def _form(self, rows: int, seq: int) -> BankForm:
-        kind = self._choose(rows, seq)
-        if kind in self._kept:
-            return self._kept[kind]
+        kind, gradients = self._choose(rows, seq), torch.is_grad_enabled()
+        kept = self._kept.get(kind)
+        if kept is not None and not (gradients and isinstance(kept, GroupedForm)):  # the kernels have no backward
+            return kept
         # What is made in inference mode could not be used outside of it, where an attachment may still run.
-        own_memory = seq == 1 or torch.is_grad_enabled()  # gradients would read a workspace when it holds another form
+        own_memory = seq == 1 or gradients  # gradients would read a workspace when it holds another form
         with torch.inference_mode(False), torch.no_grad():
             if self._bank is None:
                 self._bank = GroupBank.build(list(self._deltas.values()), self._use)
-            form = self._build(kind, self._bank, None if own_memory else self._workspace)
-        if seq == 1 or kind == "shared" or isinstance(form, GroupedForm):
+            workspace = None if own_memory else self._workspace
+            form = self._build(kind, self._bank, workspace, kernels=not gradients)
+        if kept is None and (seq == 1 or kind == "shared" or isinstance(form, GroupedForm)):
             self._kept[kind] = form
         return form
 
-    def _build(self, kind: Form, bank: GroupBank, workspace: Workspace | None = None) -> BankForm:
+    def _build(self, kind: Form, bank: GroupBank, workspace: Workspace | None, *, kernels: bool) -> BankForm:
         if kind == "shared":
             return SharedForm(bank)
-        if kernels_run(bank.A.device, bank.A.dtype):
+        if kernels and kernels_run(bank.A.device, bank.A.dtype):
             return GroupedForm(bank)
         # A form that is not kept is reached through the slot alone, which holds one product at a time.
         return GatheredForm(bank, workspace)

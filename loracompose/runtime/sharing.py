@@ -34,7 +34,8 @@ class OpenProduct:
     """What the first module of a group computed for the others, until the last of them has taken it.
 
     One at a time: modules that share an input run one after the other. It is given out for the very tensor it was
-    computed from, unchanged since, and once to each member, so that a buffer that is filled anew is computed anew.
+    computed from, unchanged since, and once to each member, so that a buffer that is filled anew is computed anew. In
+    inference mode tensors do not count their changes: there a model must not write into an input between siblings.
     """
 
     def __init__(self) -> None:

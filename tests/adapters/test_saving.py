@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from loracompose import Adapter, LoraFactors, load_adapter, save_adapter
+from loracompose.adapters.folder import write_folder
 from tests.adapters.test_flavours import BASES, FLAVOURS
 from tests.tiny import EMBEDDINGS, base_model, edited, logits, peft_adapter, peft_load, relative_error
 
@@ -184,3 +185,15 @@ def test_a_copy_with_another_scaling_is_another_adapter(tmp_path):
     saved = save_adapter(small(), tmp_path / "saved")
     other = edited(saved, tmp_path / "other", config={"lora_alpha": 4})
     assert load_adapter(other).fingerprint != small().fingerprint
+
+
+def test_folders_inside_a_folder_can_be_entered_and_read(tmp_path):
+    def fill(fresh):
+        (fresh / "inside").mkdir()
+        (fresh / "inside" / "file").write_text("text")
+        (fresh / "inside" / "file").chmod(0o600)
+
+    write_folder(tmp_path / "made", fill, overwrite=False)
+    allowed = (tmp_path / "made").stat().st_mode & 0o777
+    assert (tmp_path / "made" / "inside").stat().st_mode & 0o777 == allowed
+    assert (tmp_path / "made" / "inside" / "file").stat().st_mode & 0o444 == allowed & 0o444

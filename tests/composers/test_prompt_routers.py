@@ -34,6 +34,16 @@ def pool_of(on: str) -> Pool:
     return Pool(on, 32, tuple(a.name for a in ordered), gather_banks(ordered))
 
 
+def of_contents(decided: Tensor) -> Tensor:
+    """Decisions about adapters, those about equal adapters added up: between these, rounding chooses."""
+    prints = sorted(adapter.fingerprint for adapter in laws.hostile_adapters())
+    if decided.shape[-1] != len(prints):
+        return decided
+    return torch.stack(
+        [sum(decided[..., i] for i, p in enumerate(prints) if p == own) for own in sorted(set(prints))], dim=-1
+    )
+
+
 @pytest.mark.parametrize("composer", PROMPT_GATES, ids=repr)
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_what_the_prefill_decides_is_what_holds_after_the_last_token_for_every_beam(
@@ -51,7 +61,8 @@ def test_what_the_prefill_decides_is_what_holds_after_the_last_token_for_every_b
     beams = settings.get("num_beams", 1)
     for key, decided in seen[0].items():
         assert torch.equal(decided, seen[-1][key])
-        assert torch.allclose(decided, decided[::beams].repeat_interleave(beams, dim=0), atol=1e-9)
+        own = of_contents(decided)
+        assert torch.allclose(own, own[::beams].repeat_interleave(beams, dim=0), atol=1e-9)
 
 
 @pytest.mark.parametrize(("composer", "on"), SETTLED, ids=repr)

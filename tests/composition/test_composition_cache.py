@@ -121,3 +121,10 @@ def test_under_many_threads_and_little_room_everyone_gets_what_was_asked_for():
     assert stats.bytes == stats.entries * SIZE <= 2 * SIZE
     assert stats.hits + stats.misses == 300
     assert stats.misses == stats.evictions + stats.entries
+
+
+def test_what_cannot_be_counted_is_a_failure_like_any_other():
+    cache = CompositionCache(max_bytes=1000)
+    for _ in range(2):  # the second call would wait for ever if the first were remembered
+        with pytest.raises(AttributeError):
+            cache.recall("a", lambda: {"q": ("no", "tensors")})

@@ -96,7 +96,7 @@ def test_a_decision_is_the_paired_difference_of_two_methods_under_every_protocol
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     assert rows[0] == [QUESTIONS[0][0], "+20.0 [+20.0, +20.0]", "+20.0 [+20.0, +20.0]", "helps"]
     assert rows[1] == [QUESTIONS[1][0], "+10.0 [+10.0, +10.0]", "-10.0 [-10.0, -10.0]", "depends"]
-    assert len(rows) == 2  # of the other questions a method was not asked
+    assert len(rows) == 3  # of the other questions a method was not asked
 
 
 @pytest.mark.parametrize(

@@ -117,3 +117,14 @@ def test_scores_that_do_not_fit_are_refused():
         Scores.of([], {"m": []})
     with pytest.raises(LookupError, match="no method 'x'; there are base, oracle"):
         scores().score("x")
+
+
+def test_an_interval_is_no_evidence_while_few_rows_differ():
+    better = np.array(BASE)
+    better[:15] += 5.0
+    found = scores(other=better).difference("other", "base")
+    assert found.moved == 15
+    assert np.isnan([found.claimed.low, found.claimed.high]).all()
+    better[15] += 5.0
+    found = scores(other=better).difference("other", "base")
+    assert found.claimed == found.difference

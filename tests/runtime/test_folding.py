@@ -161,3 +161,13 @@ def test_a_model_folded_in_inference_mode_can_be_trained_around_it():
         tiny.logits(model, "llama", batch=2, seq=6)
     model(torch.ones(1, 3, dtype=torch.int64)).logits.sum().backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_one_module_under_two_paths_gets_its_own_weight_back():
+    model = nn.ModuleDict({"one": nn.Linear(12, 9).double()})
+    model["two"] = model["one"]
+    own = model["one"].weight
+    deltas = {path: random_delta(weights=torch.ones(2, 5).double(), seed=i) for i, path in enumerate(("one", "two"))}
+    with attach(model, deltas, form="folded"):
+        assert model["one"].weight is not own
+    assert model["one"].weight is own

@@ -7,15 +7,17 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loracompose.composers import COMPOSERS
 from loracompose.composers.base import Composer
 from loracompose.composers.mixture import Mixture
 from loracompose.runtime import assembly
+from loracompose.runtime.attach import attach
 from loracompose.runtime.plan import Wanted
 from tests import laws, tiny
 from tests.laws import BASES, BATCH, ROUNDING, ROWS
+from tests.runtime.toy import random_delta
 
 DEFAULTS = [pytest.param(ROWS[name].settings[0], id=name) for name in COMPOSERS]
 STATIC = [pytest.param(ROWS[name].settings[0], id=name) for name, kind in COMPOSERS.items() if kind.scope == "static"]
@@ -73,3 +75,17 @@ def test_modules_that_share_a_product_of_A_give_what_they_give_alone(composer: C
     with ONE_BY_ONE:
         alone = laws.logits(laws.base(on), deltas, on, batch=4)
     assert laws.distance(together, alone) < ROUNDING[on]
+
+
+@pytest.mark.parametrize("form", ["shared", "gathered"])
+def test_a_pass_with_gradients_may_follow_one_in_inference_mode(form):
+    module = nn.Linear(12, 9).double()
+    deltas = {"0": random_delta(weights=torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 1, 2, 0]]).double())}
+    x = torch.randn(2, 3, 12, dtype=torch.float64)
+    with attach(nn.Sequential(module), deltas, form=form):
+        with torch.inference_mode():
+            first = module(x)
+        second = module(x.requires_grad_())
+        second.sum().backward()
+    assert torch.equal(first, second.detach())
+    assert x.grad is not None

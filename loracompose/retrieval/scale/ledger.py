@@ -86,11 +86,16 @@ def generation_and_record(database: Database) -> tuple[int, Record | None]:
     return int(generation), None if value is None else _record(value)
 
 
+# Of a version's files. A record of another format has an epoch that no index has, so its version is made anew.
+FORMAT, OTHER_FORMAT = 2, -1
+
+
 @lru_cache(maxsize=16)
 def _record(value: str) -> Record:
     content = json.loads(value)
     files = {kind: (int(size), str(spots), str(digest)) for kind, (size, spots, digest) in content["files"].items()}
-    return Record(content["token"], content["epoch"], files)
+    epoch = content["epoch"] if content.get("format") == FORMAT else OTHER_FORMAT
+    return Record(content["token"], epoch, files)
 
 
 def settings(database: Database) -> Settings:
@@ -103,7 +108,9 @@ def install(database: Database, record: Record, upto: Position) -> bool:
     with database.writing():
         if settings(database).epoch != record.epoch:
             return False
-        database.execute("INSERT OR REPLACE INTO version VALUES (1, ?)", json.dumps(asdict(record)))
+        database.execute(
+            "INSERT OR REPLACE INTO version VALUES (1, ?)", json.dumps({**asdict(record), "format": FORMAT})
+        )
         database.execute("DELETE FROM departures WHERE seq <= ?", upto.departure)
         return True
 

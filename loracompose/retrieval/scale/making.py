@@ -38,6 +38,7 @@ def make_version(
     ledger.prepare(database)
     _, before = ledger.generation_and_record(database)
     with _alone(home):
+        ledger.prepare(database)  # again: who gave the pool up meanwhile has dropped the trigger
         _, current = ledger.generation_and_record(database)
         if current is not None and current != before:  # another process made one meanwhile
             return current

@@ -120,7 +120,12 @@ def write_structure(structure: Structure, path: Path) -> None:
 
 def read_structure(spec: str, path: Path, breadth: Breadth) -> Structure:
     """A structure from the file of its faiss index; only of a file that we wrote."""
-    return Structure(spec, faiss.read_index(str(path)), breadth)
+    try:
+        return Structure(spec, faiss.read_index(str(path)), breadth)
+    except RuntimeError as error:  # which faiss raises for a missing file as well
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is gone") from error
+        raise
 
 
 def found_share(rows: Sequence[Rows], truth: Sequence[Rows]) -> float:

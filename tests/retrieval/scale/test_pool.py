@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -295,6 +298,20 @@ def test_a_version_of_other_embeddings_is_made_anew(tmp_path):
         assert_same(index.search(PROMPTS), index.search(PROMPTS))
         assert index._large.view().version.token != token
         assert index._large.view().version.epoch == 1
+
+
+def test_a_version_in_an_earlier_format_is_made_anew(tmp_path):
+    with large(tmp_path) as index:
+        expected = index.search(PROMPTS, 5)
+        token = index._large.view().version.token
+    with closing(sqlite3.connect(tmp_path / "large" / "catalog.sqlite")) as file:
+        record = json.loads(file.execute("SELECT record FROM version").fetchone()[0])
+        del record["format"]  # as before there were formats
+        file.execute("UPDATE version SET record = ?", (json.dumps(record),))
+        file.commit()
+    with AdapterIndex.open(tmp_path / "large", embedder=EMBEDDER) as index:
+        assert_same(index.search(PROMPTS, 5), expected)
+        assert index._large.view().version.token != token
 
 
 def test_another_process_sees_what_came_went_and_was_whitened_anew(tmp_path):

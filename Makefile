@@ -2,6 +2,7 @@
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   (no CUDA build of torch)
 PYTHON ?= python3
 PIP_ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
@@ -11,8 +12,9 @@ demo: .venv/installed
 	$(BIN)/python index/build.py index/pool demo-index --overwrite
 	$(BIN)/loracompose generate --index demo-index --file index/demo_prompts.jsonl --max-new-tokens 32 --explain
 
+# Two processes of one thread each: several threads of several processes on two cores would wait for one another.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

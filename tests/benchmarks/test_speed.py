@@ -14,9 +14,11 @@ from loracompose.benchmarks.speed.measure import Setting, agree, measure, opened
 from loracompose.benchmarks.speed.published import Einsum, MergeAndRestore
 from loracompose.benchmarks.speed.rounds import Samples, compared, one_round, summary
 from loracompose.benchmarks.speed.stream import Stream, write_pool
+from loracompose.benchmarks.speed.stream import measure as measure_stream
 from loracompose.models import BaseModel
 from loracompose.runtime.machine import DEFAULT
 from tests.tiny import base_model
+from tests.training.tiny_base import base_folder
 
 CASE = Case(rows=4, k=2, distinct=3, ranks=(2, 3), tokens=6, steps=2)
 
@@ -128,3 +130,15 @@ def test_peft_reads_the_adapters_that_are_written(base: BaseModel, tmp_path: Pat
     made = make_adapters(CASE, base.model)
     for adapter, folder in zip(made, write_adapters(made, tmp_path), strict=True):
         assert set(load_adapter(folder, base=base.model).factors) == set(adapter.factors)
+
+
+def test_a_large_pool_serves_the_same_stream_from_a_small_store(tmp_path: Path) -> None:
+    base = str(base_folder(tmp_path / "base"))
+    stream = Stream(prompts=6, k=2, rows=3, new_tokens=2, store_bytes=20_000)
+    result = measure_stream(base, tmp_path / "pool", [3, 12], stream)
+    small, large = result["pools"]["3"], result["pools"]["12"]
+    assert result["seconds_to_smallest"]["3"] == 1.0
+    assert large["distinct_adapters"] > small["distinct_adapters"]
+    assert large["reads"] >= large["distinct_adapters"]
+    assert large["store_mb"] <= 0.02
+    assert {"load", "compose", "generate"} <= set(large["stages_seconds"])

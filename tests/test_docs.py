@@ -125,7 +125,6 @@ def test_the_tables_of_speed_are_made_from_their_results():
     for document in speed_report.DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         assert speed_report.filled(text) == text
-        assert "begin -->" in text
 
 
 def test_the_table_of_the_lego_ablation_is_made_from_its_results():

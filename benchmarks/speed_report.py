@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "docs" / "speed.md",)
+DOCUMENTS = (ROOT / "docs" / "speed.md", ROOT / "README.md")
 MARK = "<!-- {name}: {end} -->"
 SHOWN = "PEFT add_weighted_adapter(cat), then adapter_names", "PEFT adapter_names, one adapter a row"
 

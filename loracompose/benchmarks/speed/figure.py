@@ -21,11 +21,13 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'loracompose[bench]'") from error
     with rc_context({"svg.hashsalt": "loracompose", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(12, 4.8), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+        several = len(result["cases"]) > 1
+        figure = Figure(figsize=(12 if several else 9, 4.8), layout="constrained")
+        axes = figure.subplots(1, 2, width_ratios=(1.5, 1)) if several else [figure.subplots()]
         name, first = next(iter(result["cases"].items()))
-        _ways(left, name, first)
-        _cases(right, result["cases"])
+        _ways(axes[0], name, first)
+        if several:
+            _cases(axes[1], result["cases"])
         figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
@@ -44,7 +46,7 @@ def _ways(axes: Any, title: str, case: Mapping[str, Any]) -> None:
     axes.set_yticks(range(len(ordered)), [_label(name, ways[name]) for name in ordered])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xticks([1, 1.25, 2, 4, 8, 16, 32], ["1", "1.25", "2", "4", "8", "16", "32"], minor=False)
+    axes.set_xticks([1, 1.5, 2, 4, 8, 16, 32], ["1", "1.5", "2", "4", "8", "16", "32"], minor=False)
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("time over that of the base model (filled: a decoding step, open: the first token)")

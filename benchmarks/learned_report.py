@@ -9,12 +9,13 @@ import json
 import math
 from pathlib import Path
 
-from loracompose.evaluation.results import read_results
+from loracompose.evaluation.results import read_results, write_whole
 from loracompose.evaluation.statistics import Estimate, Scores
+from loracompose.marked import fill
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "learned_methods.md"
-BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
+BLOCK = "results"
 UNIFORM = "mixture weighting=uniform"
 
 ROUTERS = (
@@ -78,7 +79,7 @@ def report() -> str:
         for protocol in found.protocols
     }
     lines += ["", *claims(CLAIMS, scores), "", "Methods that learn nothing, by the same rule:", ""]
-    return "\n".join([*lines, *claims(WITHOUT_LEARNING, scores)]) + "\n"
+    return "\n".join([*lines, *claims(WITHOUT_LEARNING, scores)])
 
 
 def claims(said: tuple[tuple[str, str, str], ...], scores: dict[str, Scores]) -> list[str]:
@@ -113,8 +114,7 @@ def verdict(gaps: dict[str, Estimate]) -> str:
 def main() -> None:
     """Put the tables between the marks."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    DOCUMENT.write_text(head + BEGIN + report() + END + rest.split(END)[1], encoding="utf-8")
+    write_whole(DOCUMENT, fill(text, {BLOCK: report()}))
 
 
 if __name__ == "__main__":

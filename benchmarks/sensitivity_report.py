@@ -13,9 +13,10 @@ from loracompose.evaluation.results import write_whole
 from loracompose.evaluation.sensitivity import STUDIES, Curve, read_curves, study_of
 from loracompose.evaluation.sensitivity_figure import sensitivity
 from loracompose.evaluation.summary import interval
+from loracompose.marked import fill, marks
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- sensitivity: begin -->\n", "<!-- sensitivity: end -->"
+BLOCK = "sensitivity"
 DOCUMENT = f"""# What moves the scores: settings, pool, seeds, one harmful adapter
 
 One setting moves, all else stays, on the same rows ([sensitivity.json](../benchmarks/results/sensitivity.json); the
@@ -27,7 +28,8 @@ as large as another's, or it was trained on responses of other rows.
 
 ![scores along each axis](sensitivity.svg)
 
-{BEGIN}{END}
+{marks(BLOCK)[0]}
+{marks(BLOCK)[1]}
 """
 
 
@@ -37,17 +39,17 @@ def table(curves: list[Curve]) -> str:
     for curve in curves:
         found = list(zip(curve.points, curve.estimates(), strict=True))
         best, worst = max(found, key=lambda at: at[1].value), min(found, key=lambda at: at[1].value)
-        ends = curve.against(curve.points[-1], curve.points[0]).difference
+        ends = curve.against(curve.points[-1], curve.points[0]).claimed
         cells = (
             study_of(curve.study).axis,
             curve.protocol,
             curve.label,
             f"{best[0]}: {interval(best[1])}",
             f"{worst[0]}: {interval(worst[1])}",
-            f"{curve.points[-1]} − {curve.points[0]}: {ends.value:+.1f} [{ends.low:.1f}, {ends.high:.1f}]",
+            f"{curve.points[-1]} − {curve.points[0]}: {interval(ends)}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -56,8 +58,7 @@ def main() -> None:
     write_whole(ROOT / "docs" / "sensitivity.svg", sensitivity(curves, STUDIES))
     document = ROOT / "docs" / "sensitivity.md"
     text = document.read_text(encoding="utf-8") if document.exists() else DOCUMENT
-    head, rest = text.split(BEGIN)
-    write_whole(document, head + BEGIN + table(curves) + END + rest.split(END)[1])
+    write_whole(document, fill(text, {BLOCK: table(curves)}))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loracompose.marked import fill
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "docs" / "speed.md", ROOT / "README.md")
-MARK = "<!-- {name}: {end} -->"
 SHOWN = "PEFT add_weighted_adapter(cat), then adapter_names", "PEFT adapter_names, one adapter a row"
 
 
@@ -67,24 +67,7 @@ def ways() -> str:
         f"{1000 * case['floor_seconds']['first_token']:.0f} ms for the first token on this machine; `loracompose` takes "
         f"{ratio(to_floor['decode'])} and {ratio(to_floor['first_token'])} times the base model and these together.",
     ]
-    return "\n".join(lines) + "\n"
-
-
-def cases() -> str:
-    """A decoding step on every case."""
-    result = results("speed")
-    shown = ("loracompose", "loracompose, rank_gating", *SHOWN, "LoraRetriever's einsum, mixture")
-    lines = [
-        "| batch | " + " | ".join(shown) + " | first token: loracompose |",
-        "|---" * (len(shown) + 2) + "|",
-    ]
-    for name, case in result["cases"].items():
-        found = case["ways"]
-        cells = [f"{found[way]['ratio_to_base']['decode']['median']:.2f}" for way in shown]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {found['loracompose']['ratio_to_base']['first_token']['median']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def composing() -> str:
@@ -108,26 +91,7 @@ def composing() -> str:
         f'PEFT\'s `add_weighted_adapter(combination_type="svd")`, from which it differs by {linear["difference"]:.0e} of the '
         "largest entry.",
     ]
-    return "\n".join(lines) + "\n"
-
-
-def stream() -> str:
-    """What a large pool costs."""
-    result = results("stream")
-    of = result["stream"]
-    lines = [
-        f"{of['prompts']:,} prompts, {of['k']} adapters each, drawn by Zipf's law, {of['new_tokens']} new tokens, "
-        f"{of['rows']} rows at a time, {of['store_bytes'] / 1e6:.0f} MB for adapters in memory.",
-        "",
-        "| adapters on disk | prompts a second | time / smallest pool | distinct adapters used | reads | MB held | peak MB of the process |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for size, part in result["pools"].items():
-        lines.append(
-            f"| {int(size):,} | {part['prompts_a_second']:.2f} | {result['seconds_to_smallest'][size]:.2f} | "
-            f"{part['distinct_adapters']:,} | {part['reads']:,} | {part['store_mb']:.0f} | {part['peak_mb']:,.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def summary() -> str:
@@ -149,27 +113,22 @@ def summary() -> str:
                 f"| {'**loracompose**' if way == 'loracompose' else way} | {ratio(ratios['decode'])} | "
                 f"{ratio(ratios['first_token'])} | {found[way]['ms_a_prompt']:,.0f} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-BLOCKS = {"speed": summary, "ways": ways, "cases": cases, "composing": composing, "stream": stream}
+DOCUMENTS = {"docs/speed.md": {"ways": ways}, "README.md": {"speed": summary}}
 
 
-def filled(text: str) -> str:
-    """The text with every block made anew from the results."""
-    for name, make in BLOCKS.items():
-        begin, end = (MARK.format(name=name, end=side) for side in ("begin", "end"))
-        if begin in text:
-            before, _, rest = text.partition(begin + "\n")
-            _, _, after = rest.partition(end)
-            text = f"{before}{begin}\n{make()}{end}{after}"
-    return text
+def filled(document: str, text: str) -> str:
+    """The text of a document with every block made anew from the results."""
+    return fill(text, {name: make() for name, make in DOCUMENTS[document].items()})
 
 
 def main() -> None:
     """Fill the documents."""
     for document in DOCUMENTS:
-        document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")
+        file = ROOT / document
+        file.write_text(filled(document, file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 
 from loracompose import COMPOSERS, Adapter, LoraFactors, compose
 from loracompose.composers import Composer, get_composer
+from loracompose.marked import fill
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -117,14 +118,14 @@ def script(name):
 def test_the_tables_of_learned_methods_are_made_from_their_results():
     learned_report = script("learned_report")
     text = learned_report.DOCUMENT.read_text(encoding="utf-8")
-    assert learned_report.BEGIN + learned_report.report() + learned_report.END in text
+    assert fill(text, {learned_report.BLOCK: learned_report.report()}) == text
 
 
 def test_the_tables_of_speed_are_made_from_their_results():
     speed_report = script("speed_report")
     for document in speed_report.DOCUMENTS:
-        text = document.read_text(encoding="utf-8")
-        assert speed_report.filled(text) == text
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert speed_report.filled(document, text) == text
 
 
 def test_the_table_of_the_lego_ablation_is_made_from_its_results():

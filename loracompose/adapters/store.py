@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from loracompose.adapters.base import Base, as_module
+from loracompose.adapters.bounded import Bounded
 from loracompose.adapters.checkpoint import adapter_dtype, check_dtype, convert, read_adapter, read_checked
 from loracompose.adapters.folder import CONFIG, WEIGHTS
 from loracompose.adapters.layout import read_layout
@@ -85,23 +85,20 @@ class AdapterStore:
         dtype: torch.dtype | None = None,
         base: Base | None = None,
     ) -> None:
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
-        self._max_bytes = max_bytes
         self._device = device
         self._dtype = dtype
         self._base = None if base is None else as_module(base)
         self._lock = threading.Lock()
         self._known: dict[Path, _Known] = {}
-        self._copies: OrderedDict[tuple[str, torch.device, torch.dtype], Adapter] = OrderedDict()
+        self._copies: Bounded[tuple[str, torch.device, torch.dtype], Adapter] = Bounded(max_bytes)
         self._reads: dict[_Request, Future[Adapter]] = {}
-        self._bytes = self._hits = self._misses = self._evictions = 0
+        self._hits = self._misses = 0
 
     @property
     def stats(self) -> StoreStats:
         """Counts up to now."""
         with self._lock:
-            return StoreStats(self._hits, self._misses, self._evictions, len(self._copies), self._bytes)
+            return StoreStats(self._hits, self._misses, self._copies.evictions, len(self._copies), self._copies.bytes)
 
     def get(
         self,
@@ -162,7 +159,6 @@ class AdapterStore:
         copy = self._copies.get(key)
         if copy is None:
             return None
-        self._copies.move_to_end(key)
         return replace(known.adapter, factors=copy.factors)
 
     def _read(self, request: _Request, mine: Future[Adapter]) -> Adapter:
@@ -199,19 +195,11 @@ class AdapterStore:
         return replace(bare, factors=kept.factors)
 
     def _keep(self, key: tuple[str, torch.device, torch.dtype], copy: Adapter) -> Adapter:
-        """Hold a copy, unless one of the same content is held already or it has no room at all; that copy."""
+        """Hold a copy if it has room, unless one of the same content is held already: then that one."""
         held = self._copies.get(key)
         if held is not None:
-            self._copies.move_to_end(key)
             return held
-        if copy.nbytes > self._max_bytes:
-            return copy
-        self._copies[key] = copy
-        self._bytes += copy.nbytes
-        while self._bytes > self._max_bytes:
-            _, dropped = self._copies.popitem(last=False)
-            self._bytes -= dropped.nbytes
-            self._evictions += 1
+        self._copies.put(key, copy, copy.nbytes)
         return copy
 
 

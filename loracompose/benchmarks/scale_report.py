@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-BEGIN, END = "<!-- scale: begin -->", "<!-- scale: end -->"
+BLOCK = "scale"  # of the document that the table stands in
 
 _COLUMNS = (
     "adapters",
@@ -26,18 +26,6 @@ def markdown(result: Mapping[str, Any]) -> str:
     """The table of a result of `scale.result_of`: CPU times, medians, and of searches the 99th percentile."""
     head = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
     return "\n".join([*head, *(_line(pool) for pool in result["pools"])])
-
-
-def put_between_markers(text: str, table: str) -> str:
-    """The text with the table in its place.
-
-    Raises:
-        ValueError: the text does not have both marks.
-    """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"no place for the table: mark it with {BEGIN} and {END}")
-    before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}"
 
 
 def _line(pool: Mapping[str, Any]) -> str:

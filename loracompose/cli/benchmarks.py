@@ -95,7 +95,8 @@ def scale(
     """Build synthetic pools of growing size; time, memory and recall of searching and changing them."""
     from loracompose.benchmarks.scale import SIZES, measure, result_of
     from loracompose.benchmarks.scale_figure import draw
-    from loracompose.benchmarks.scale_report import markdown, put_between_markers
+    from loracompose.benchmarks.scale_report import BLOCK, markdown
+    from loracompose.marked import fill
 
     console = tables.console()
     pools, result = [], result_of([], output)
@@ -109,7 +110,7 @@ def scale(
     if figure is not None:
         draw(result, figure)
     if table is not None:
-        text = put_between_markers(table.read_text(encoding="utf-8"), markdown(result))
+        text = fill(table.read_text(encoding="utf-8"), {BLOCK: markdown(result)})
         table.write_text(text, encoding="utf-8")
     if as_json:
         tables.show_json(result)

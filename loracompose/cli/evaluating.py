@@ -168,7 +168,9 @@ def report(
     from loracompose.evaluation import guide as choosing
     from loracompose.evaluation.report import write_report
     from loracompose.evaluation.results import read_results, write_whole
-    from loracompose.evaluation.summary import markdown, put_between_markers, summarise
+    from loracompose.evaluation.sensitivity import read_curves
+    from loracompose.evaluation.summary import BLOCK, markdown, summarise
+    from loracompose.marked import fill
 
     found = read_results(results)
     summaries = [summarise(protocol) for protocol in found.protocols]
@@ -176,10 +178,10 @@ def report(
         write_report(found, html)
     if readme is not None:
         document = readme.read_text(encoding="utf-8")
-        write_whole(readme, put_between_markers(document, markdown(found, summaries)))
+        write_whole(readme, fill(document, {BLOCK: markdown(found, summaries)}))
     if guide is not None:
-        blocks = choosing.guide(found, [curve for file in curves or () for curve in choosing.read_curves(file)])
-        write_whole(guide, choosing.fill(guide.read_text(encoding="utf-8"), blocks))
+        blocks = choosing.guide(found, [curve for file in curves or () for curve in read_curves(file)[1]])
+        write_whole(guide, fill(guide.read_text(encoding="utf-8"), blocks))
     _show(found, summaries, as_json)
     if not as_json:
         for file in (html, readme, guide):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor
+
+from loracompose.adapters.bounded import Bounded
 
 Composed: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
 """Module path -> A (r, d_in), B (d_out, r) of one set of adapters at fixed weights."""
@@ -34,12 +35,6 @@ class CacheStats:
     bytes: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class _Kept:
-    composed: Composed
-    bytes: int
-
-
 class CompositionCache:
     """Composed sets by what they were composed of, least recently used out first.
 
@@ -55,19 +50,16 @@ class CompositionCache:
     """
 
     def __init__(self, max_bytes: int = 2**29) -> None:
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}; 0 keeps nothing")
-        self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+        self._kept: Bounded[Hashable, Composed] = Bounded(max_bytes)
         self._pending: dict[Hashable, Future[Composed]] = {}
-        self._bytes = self._hits = self._misses = self._evictions = 0
+        self._hits = self._misses = 0
 
     @property
     def stats(self) -> CacheStats:
         """Counts up to now."""
         with self._lock:
-            return CacheStats(self._hits, self._misses, self._evictions, len(self._kept), self._bytes)
+            return CacheStats(self._hits, self._misses, self._kept.evictions, len(self._kept), self._kept.bytes)
 
     def recall(self, key: Hashable, compose: Callable[[], Composed]) -> tuple[Composed, bool]:
         """What is kept under a key, or what `compose` makes now; and whether it was not made for this call.
@@ -78,9 +70,8 @@ class CompositionCache:
         """
         with self._lock:
             if (kept := self._kept.get(key)) is not None:
-                self._kept.move_to_end(key)
                 self._hits += 1
-                return kept.composed, True
+                return kept, True
             pending = self._pending.get(key)
             if pending is None:
                 mine: Future[Composed] = Future()
@@ -94,33 +85,22 @@ class CompositionCache:
         """Drop everything that is kept; counts as no eviction."""
         with self._lock:
             self._kept.clear()
-            self._bytes = 0
 
     def _make(self, key: Hashable, compose: Callable[[], Composed], mine: Future[Composed]) -> Composed:
         """Compose, keep, and tell everyone who waits, whatever comes of it."""
         try:
             composed = compose()
-            entry = _Kept(composed, held_bytes(composed))
+            size = held_bytes(composed)
         except BaseException as error:
             with self._lock:
                 del self._pending[key]
             mine.set_exception(error)
             raise
         with self._lock:
-            self._keep(key, entry)
+            self._kept.put(key, composed, size)
             del self._pending[key]
         mine.set_result(composed)
         return composed
-
-    def _keep(self, key: Hashable, entry: _Kept) -> None:
-        if entry.bytes > self._max_bytes:
-            return
-        self._kept[key] = entry
-        self._bytes += entry.bytes
-        while self._bytes > self._max_bytes:
-            _, dropped = self._kept.popitem(last=False)
-            self._bytes -= dropped.bytes
-            self._evictions += 1
 
 
 def held_bytes(composed: Composed) -> int:

@@ -1,21 +1,19 @@
 """Which method when: what the results of an evaluation say for somebody who has to choose, as Markdown.
 
-A document holds one block per table, between the markers of its name; every number in it is made here from results.
+A document holds one block per table, between the marks of its name (`marked.fill`); every number is made from results.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from loracompose.composers import COMPOSERS
 from loracompose.evaluation.protocols import PROTOCOLS
 from loracompose.evaluation.results import Results
-from loracompose.evaluation.statistics import Estimate, Scores
+from loracompose.evaluation.sensitivity import Curve
+from loracompose.evaluation.statistics import Estimate
 from loracompose.evaluation.summary import Line, Summary, interval, milliseconds, summarise
 
 REFERENCES = ("base", "oracle", "few_shot", "random")  # not to be chosen: no adapter, told the task, or blind
@@ -63,13 +61,12 @@ def traits(label: str) -> Traits:
     return Traits(composer.scope == "static", hasattr(composer, "initial"))
 
 
-def guide(results: Results, curves: Sequence[Mapping[str, Any]] = ()) -> dict[str, str]:
+def guide(results: Results, curves: Sequence[Curve] = ()) -> dict[str, str]:
     """Block name -> Markdown.
 
     Args:
         results: of the leaderboard.
-        curves: of the sensitivity studies, each with study, protocol, label, points, tasks and scores (points, rows);
-            none if they were not made.
+        curves: of the sensitivity studies; none if they were not made.
     """
     summaries = [summarise(found) for found in results.protocols]
     return {
@@ -79,34 +76,6 @@ def guide(results: Results, curves: Sequence[Mapping[str, Any]] = ()) -> dict[st
         "methods": methods(summaries),
         "sensitivity": sensitivity(curves),
     }
-
-
-def fill(document: str, blocks: Mapping[str, str]) -> str:
-    """A document with each block in the place between the two markers of its name.
-
-    Raises:
-        ValueError: the document does not have the markers of a block once each, in order.
-    """
-    for name, text in blocks.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
-            raise ValueError(f"the document needs the lines {begin} and {end}, once each and in this order")
-        head, rest = document.split(begin)
-        document = f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
-    return document
-
-
-def read_curves(file: str | Path) -> list[dict[str, Any]]:
-    """The curves of a file of sensitivity studies.
-
-    Raises:
-        ValueError: it holds none.
-    """
-    try:
-        curves: list[dict[str, Any]] = json.loads(Path(file).read_text(encoding="utf-8"))["curves"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} holds no curves ({error!r})") from error
-    return curves
 
 
 def setting(results: Results, summaries: Sequence[Summary]) -> str:
@@ -178,20 +147,18 @@ def methods(summaries: Sequence[Summary]) -> str:
     return _table(heads, rows)
 
 
-def sensitivity(curves: Sequence[Mapping[str, Any]]) -> str:
+def sensitivity(curves: Sequence[Curve]) -> str:
     """Each curve with its score at every point, and whether its best and its worst point can be told apart."""
     if not curves:
         return "Not measured yet."
     heads = ["study", "protocol", "method", "score at each point", "best against worst"]
     rows = []
     for curve in curves:
-        points = [str(point) for point in curve["points"]]
-        scores = Scores.of(curve["tasks"], dict(zip(points, curve["scores"], strict=True)))
-        values = {point: scores.score(point).value for point in points}
-        best, worst = max(points, key=values.__getitem__), min(points, key=values.__getitem__)
+        values = {point: found.value for point, found in zip(curve.points, curve.estimates(), strict=True)}
+        best, worst = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
         shown = " · ".join(f"{point}: {value:.1f}" for point, value in values.items())
-        gap = _gain(scores.difference(best, worst).difference) if best != worst else "the same"
-        rows.append([curve["study"], curve["protocol"], f"`{curve['label']}`", shown, gap])
+        gap = _gain(curve.against(best, worst).claimed) if best != worst else "the same"
+        rows.append([curve.study, curve.protocol, f"`{curve.label}`", shown, gap])
     return _table(heads, rows)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from loracompose.evaluation.results import ProtocolResult, Results
 from loracompose.evaluation.statistics import Comparison, Estimate, Scores
 
-BEGIN, END = "<!-- leaderboard: begin -->", "<!-- leaderboard: end -->"
+BLOCK = "leaderboard"  # of the document that the table stands in
 
 
 @dataclass(frozen=True)
@@ -115,18 +115,6 @@ def markdown(results: Results, summaries: Sequence[Summary]) -> str:
         "95 % interval of a paired bootstrap over rows. % of oracle: 0 is the base model, 100 the row's own adapter."
     )
     return "\n".join([title, "", *lines])
-
-
-def put_between_markers(document: str, table: str) -> str:
-    """A document with the table in the place between the two markers.
-
-    Raises:
-        ValueError: the document does not have each marker once, in order.
-    """
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise ValueError(f"the document needs the lines {BEGIN} and {END}, once each and in this order")
-    head, rest = document.split(BEGIN)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

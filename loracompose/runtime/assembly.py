@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Assembly:
     form: Wanted
     tokens: int | None
     machine: Machine | None
+    _machines: dict[tuple[torch.device, torch.dtype], Machine] = field(default_factory=dict, init=False, repr=False)
 
     def split(self) -> tuple[dict[str, LowRankDelta], dict[str, LowRankDelta], dict[str, Tensor]]:
         """The deltas that go into the weights, those that run beside them, and the weights of all, on the CPU.
@@ -84,7 +85,10 @@ class Assembly:
     def _machine(self, delta: LowRankDelta) -> Machine:
         if self.machine is not None:
             return self.machine
-        return known_machine(delta.A.device, delta.A.dtype) or DEFAULT
+        place = delta.A.device, delta.A.dtype
+        if place not in self._machines:  # read once a request and not for each of its modules
+            self._machines[place] = known_machine(*place) or DEFAULT
+        return self._machines[place]
 
 
 def is_static(delta: LowRankDelta) -> bool:

@@ -14,6 +14,7 @@ import loracompose.adapters.store as module
 from loracompose import Adapter, AdapterStore, LoraFactors, load_adapter, save_adapter
 from loracompose.adapters.lora import fingerprint
 from loracompose.adapters.store import ChangedAdapterError
+from tests.flights import announced_waits
 from tests.tiny import CONFIGS, peft_adapter
 
 THREADS = 6
@@ -257,15 +258,7 @@ def test_a_negative_bound_is_refused():
 @pytest.fixture
 def waiting(monkeypatch):
     """Released once for each thread that waits for another's read."""
-    arrived = threading.Semaphore(0)
-
-    class Announcing(Future):
-        def result(self, timeout=None):
-            arrived.release()
-            return super().result(timeout)
-
-    monkeypatch.setattr(module, "Future", Announcing)
-    return arrived
+    return announced_waits(module, monkeypatch)
 
 
 def ask_together(store: AdapterStore, path: Path, waiting: threading.Semaphore, reads: Reads) -> list[Future]:

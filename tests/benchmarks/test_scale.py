@@ -10,9 +10,10 @@ import pytest
 
 from loracompose.benchmarks import scale, scale_pool, scale_search
 from loracompose.benchmarks.scale_pool import Plan
-from loracompose.benchmarks.scale_report import BEGIN, markdown, put_between_markers
+from loracompose.benchmarks.scale_report import BLOCK, markdown
 from loracompose.benchmarks.scale_search import Given, exact_rows
 from loracompose.benchmarks.synthesis import Profiles, draw_block, draw_queries, unit_quarters
+from loracompose.marked import fill, marks
 from loracompose.retrieval.embedding import CallableEmbedder, features, whole
 from loracompose.retrieval.tables import Settings
 from tests.retrieval.scale.material import EMBEDDER, PROMPTS, make_index
@@ -104,17 +105,10 @@ def test_pools_of_other_sizes_stay_in_the_results(tmp_path):
     assert result["pools"] == [{"adapters": 7, "open_s": 0.1235}, {"adapters": 9, "open_s": 2.0}]
 
 
-def test_a_table_goes_between_its_marks_alone():
-    text = put_between_markers("before <!-- scale: begin -->old<!-- scale: end --> after", "new")
-    assert text == "before <!-- scale: begin -->\nnew\n<!-- scale: end --> after"
-    with pytest.raises(ValueError, match="no place for the table"):
-        put_between_markers("nothing", "new")
-
-
 def test_the_table_of_scale_in_the_readme_is_made_from_its_results():
     file = ROOT / "benchmarks" / "results" / "scale.json"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     if not file.exists():
-        assert BEGIN not in readme  # a table without results would be typed by hand
+        assert marks(BLOCK)[0] not in readme  # a table without results would be typed by hand
         return
-    assert put_between_markers(readme, markdown(json.loads(file.read_text(encoding="utf-8")))) == readme
+    assert fill(readme, {BLOCK: markdown(json.loads(file.read_text(encoding="utf-8")))}) == readme

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import loracompose.composition.cache as module
 from loracompose.composition.cache import CompositionCache, held_bytes
+from tests.flights import announced_waits
 
 THREADS = 6
 PATIENCE = 20.0  # seconds until a thread that never comes fails a test
@@ -72,15 +72,7 @@ def test_clearing_forgets_everything():
 @pytest.fixture
 def waiting(monkeypatch):
     """Released once for each thread that waits for another's composition."""
-    arrived = threading.Semaphore(0)
-
-    class Announcing(Future):
-        def result(self, timeout=None):
-            arrived.release()
-            return super().result(timeout)
-
-    monkeypatch.setattr(module, "Future", Announcing)
-    return arrived
+    return announced_waits(module, monkeypatch)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -14,7 +14,8 @@ from loracompose.cli.evaluating import METHODS, read_plan
 from loracompose.engine import Engine
 from loracompose.evaluation.results import write_results
 from loracompose.evaluation.specification import parse_methods
-from loracompose.evaluation.summary import BEGIN, END, as_json, summarise
+from loracompose.evaluation.summary import BLOCK, as_json, summarise
+from loracompose.marked import marks
 from tests.evaluation.material import made_results
 
 ROOT = Path(__file__).parent.parent.parent
@@ -66,7 +67,8 @@ def test_a_report_writes_the_page_and_the_table_of_the_document(tmp_path):
     results = made_results()
     write_results(results, tmp_path / "r.json", as_json([summarise(found) for found in results.protocols]))
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    begin, end = marks(BLOCK)
+    readme.write_text(f"before\n{begin}\n{end}\nafter\n")
     shown = run("report", tmp_path / "r.json", "--html", tmp_path / "r.html", "--readme", readme).stdout
     assert "lego k=5" in shown
     assert "| `lego k=5` |" in readme.read_text()

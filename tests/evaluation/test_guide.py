@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +14,18 @@ from loracompose.composers import COMPOSERS
 from loracompose.evaluation.guide import (
     QUESTIONS,
     choice,
-    fill,
     guide,
     methods,
     questions,
-    read_curves,
     sensitivity,
     traits,
     verdict,
 )
 from loracompose.evaluation.results import read_results, write_results
+from loracompose.evaluation.sensitivity import Curve, read_curves, write_curves
 from loracompose.evaluation.statistics import Estimate
 from loracompose.evaluation.summary import interval, summarise
+from loracompose.marked import fill
 from tests.evaluation.material import made_results
 
 ROOT = Path(__file__).parent.parent.parent
@@ -134,43 +133,29 @@ def test_traits_are_those_of_the_composers():
 
 
 def test_a_curve_is_shown_with_its_points_and_the_difference_of_its_best_to_its_worst():
-    curve = {"study": "k", "protocol": "masked", "label": "mixture", "points": [1, 3], "tasks": ["a", "a", "b", "b"]}
-    table = sensitivity([{**curve, "scores": [[10.0] * 4, [30.0] * 4]}])
+    tasks = ("a",) * 8 + ("b",) * 8
+    curve = Curve("k", "masked", "mixture", (1, 3), tasks, ((10.0,) * 16, (30.0,) * 16))
+    table = sensitivity([curve])
     assert table.splitlines()[-1] == "| k | masked | `mixture` | 1: 10.0 · 3: 30.0 | +20.0 [+20.0, +20.0] |"
-    assert sensitivity([{**curve, "scores": [[10.0] * 4] * 2}]).endswith("| the same |")
+    assert sensitivity([replace(curve, scores=((10.0,) * 16,) * 2)]).endswith("| the same |")
     assert sensitivity([]) == "Not measured yet."
-
-
-def test_blocks_are_filled_in_their_places_and_again_without_change():
-    document = "# A\n<!-- one: begin -->\nold\n<!-- one: end -->\ntext\n<!-- two: begin -->\n<!-- two: end -->\n"
-    once = fill(document, {"one": "1", "two": "2"})
-    assert once == ("# A\n<!-- one: begin -->\n1\n<!-- one: end -->\ntext\n<!-- two: begin -->\n2\n<!-- two: end -->\n")
-    assert fill(once, {"one": "1", "two": "2"}) == once
-    with pytest.raises(ValueError, match="three: begin"):
-        fill(document, {"three": "3"})
 
 
 def test_the_command_fills_the_guide(results, tmp_path):
     write_results(results, tmp_path / "results.json", {})
     page, text = tmp_path / "page.md", PAGE.read_text(encoding="utf-8")
     page.write_text(text, encoding="utf-8")
-    curve = {"study": "k", "protocol": "masked", "label": "x", "points": [1], "tasks": ["a", "a"], "scores": [[1, 2]]}
-    (tmp_path / "curves.json").write_text(json.dumps({"curves": [curve]}))
+    curve = Curve("k", "masked", "x", (1,), ("a", "a"), ((1.0, 2.0),))
+    write_curves([curve], tmp_path / "curves.json", {})
     asked = ["eval", "report", str(tmp_path / "results.json"), "--guide", str(page)]
     ran = CliRunner().invoke(app, [*asked, "--curves", str(tmp_path / "curves.json")])
     assert ran.exit_code == 0, ran.output
     assert page.read_text(encoding="utf-8") == fill(text, guide(results, [curve]))
 
 
-def test_what_holds_no_curves_is_refused_by_file(tmp_path):
-    (tmp_path / "curves.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"curves\.json holds no curves"):
-        read_curves(tmp_path / "curves.json")
-
-
 def test_the_page_which_method_is_made_from_the_results():
     files = sorted(RESULTS.glob("sensitivity*.json"))
-    curves = [curve for file in files for curve in read_curves(file)]
+    curves = [curve for file in files for curve in read_curves(file)[1]]
     page = PAGE.read_text(encoding="utf-8")
     assert fill(page, guide(read_results(RESULTS / "leaderboard.json"), curves)) == page
 

@@ -14,7 +14,8 @@ import pytest
 from loracompose.evaluation import figures
 from loracompose.evaluation.report import html, write_report
 from loracompose.evaluation.results import read_results, to_json, write_results
-from loracompose.evaluation.summary import BEGIN, END, as_json, markdown, put_between_markers, summarise
+from loracompose.evaluation.summary import BLOCK, as_json, markdown, summarise
+from loracompose.marked import fill, marks
 from tests.evaluation.material import CLUSTERS, made_results
 
 ROOT = Path(__file__).parent.parent.parent
@@ -94,19 +95,6 @@ def test_the_table_has_every_method_and_protocol_with_its_numbers(results, summa
     assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
 
 
-def test_the_table_replaces_what_is_between_the_markers_alone():
-    document = f"# Title\n{BEGIN}\nold\n{END}\nthe end\n"
-    once = put_between_markers(document, "| new |")
-    assert once == f"# Title\n{BEGIN}\n| new |\n{END}\nthe end\n"
-    assert put_between_markers(once, "| new |") == once
-
-
-@pytest.mark.parametrize("document", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
-def test_a_document_without_its_markers_is_refused(document):
-    with pytest.raises(ValueError, match="needs the lines"):
-        put_between_markers(document, "table")
-
-
 def test_the_report_is_one_file_with_every_method_protocol_and_figure(results, tmp_path):
     write_report(results, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -152,9 +140,9 @@ def test_the_leaderboard_of_the_readme_is_made_from_its_results():
     file = ROOT / "benchmarks" / "results" / "leaderboard.json"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     if not file.exists():
-        assert BEGIN not in readme  # a table without results would be typed by hand
+        assert marks(BLOCK)[0] not in readme  # a table without results would be typed by hand
         return
     results = read_results(file)
     summaries = [summarise(protocol) for protocol in results.protocols]
-    assert put_between_markers(readme, markdown(results, summaries)) == readme
+    assert fill(readme, {BLOCK: markdown(results, summaries)}) == readme
     assert json.loads(file.read_text(encoding="utf-8"))["summary"] == json.loads(json.dumps(as_json(summaries)))

@@ -18,6 +18,7 @@ from loracompose.evaluation.results import MethodResult, ProtocolResult, Results
 from loracompose.evaluation.sensitivity import STUDIES, Curve, Study, curves, read_curves, study_of, write_curves
 from loracompose.evaluation.sensitivity_figure import sensitivity
 from loracompose.evaluation.specification import parse_methods
+from loracompose.marked import fill
 from tests.engines import build_pool
 from tests.evaluation.material import CLUSTERS, task_rows
 
@@ -108,10 +109,6 @@ def script(name):
     return module
 
 
-def between(text, begin, end):
-    return text.split(begin)[1].split(end)[0]
-
-
 def test_the_sensitivity_document_and_its_figure_are_made_from_its_results():
     made = script("sensitivity_report")
     file = ROOT / "benchmarks" / "results" / "sensitivity.json"
@@ -120,7 +117,8 @@ def test_the_sensitivity_document_and_its_figure_are_made_from_its_results():
         assert not document.exists()  # numbers without results would be typed by hand
         return
     _, found = read_curves(file)
-    assert between(document.read_text(encoding="utf-8"), made.BEGIN, made.END) == made.table(found)
+    text = document.read_text(encoding="utf-8")
+    assert fill(text, {made.BLOCK: made.table(found)}) == text
     assert (ROOT / "docs" / "sensitivity.svg").exists()
 
 
@@ -139,8 +137,6 @@ def test_a_random_adapter_is_ten_times_as_large_and_claims_every_task(tmp_path):
 
 def test_the_table_says_where_each_line_is_best_and_how_its_ends_differ():
     made = script("sensitivity_report")
-    line = Curve("k", "masked", "lego", STUDIES[0].points, ("t",) * 3, tuple((x, x + 3.0, x + 6.0) for x in range(8)))
+    line = Curve("k", "masked", "lego", STUDIES[0].points, ("t",) * 16, tuple((x + 3.0,) * 16 for x in range(8)))
     row = made.table([line]).splitlines()[-1]
-    assert "| 10: 10.0 [" in row
-    assert "| 1: 3.0 [" in row
-    assert "10 − 1: +7.0 [7.0, 7.0] |" in row
+    assert "| 10: 10.0 [10.0, 10.0] | 1: 3.0 [3.0, 3.0] | 10 − 1: 7.0 [7.0, 7.0] |" in row

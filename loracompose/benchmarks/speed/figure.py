@@ -49,7 +49,10 @@ def _ways(axes: Any, title: str, case: Mapping[str, Any]) -> None:
     axes.set_xticks([1, 1.5, 2, 4, 8, 16, 32], ["1", "1.5", "2", "4", "8", "16", "32"], minor=False)
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("time over that of the base model (filled: a decoding step, open: the first token)")
+    axes.set_xlabel(
+        "time over that of the base model (filled: a decoding step, open: the first token)\n"
+        "* does not compute each row's weighted sum"
+    )
     axes.set_title(title, loc="left")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loracompose.composition.delta import LowRankDelta
 from loracompose.runtime.attachment import Add
+from loracompose.runtime.fitting import gives_own_output
 from loracompose.runtime.folding import PRECISE, why_not_foldable
 from loracompose.runtime.forms import Workspace
 from loracompose.runtime.machine import DEFAULT, Machine, known_machine
@@ -60,7 +61,10 @@ class Assembly:
             first = group[members[0]]
             if is_static(first):
                 machine = self._machine(first)
-                run = StaticGroup(group, weights, slot, form=self.form, machine=machine, workspace=workspace)
+                writable = {path for path in members if gives_own_output(self.modules[path])}
+                run = StaticGroup(
+                    group, weights, slot, form=self.form, machine=machine, workspace=workspace, writable=writable
+                )
                 adders |= {path: static_add(run, path) for path in members}
             elif first.kind == "linear" and first.gate is not None:
                 adders |= {path: operator.add for path, operator in gated_group(group, slot).items()}

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
+from transformers.pytorch_utils import Conv1D
 
 from loracompose.composition.delta import LowRankDelta
 
@@ -61,3 +63,12 @@ def on_module(delta: LowRankDelta, module: nn.Module) -> LowRankDelta:
     if delta.kind == "embedding" and scale is not None:
         delta = replace(delta, B=delta.B * torch.as_tensor(scale).to(delta.B))
     return delta.to(weight.device, dtype)
+
+
+def gives_own_output(module: nn.Module) -> bool:
+    """Whether nobody but the caller holds what the module returns, which may then be written to.
+
+    So it is of the two layers whose `forward` is known to return a new tensor, as long as no hook sees it first.
+    """
+    plain = type(module) is nn.Linear or type(module) is Conv1D
+    return plain and "forward" not in vars(module) and not module._forward_hooks and not _global_forward_hooks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,23 +17,30 @@ from loracompose.runtime.rows import RowUse
 class BankForm(Protocol):
     """The deltas of a group of modules, prepared."""
 
-    def shrink(self, x: Tensor) -> Tensor:
+    def shrink(self, x: Tensor) -> Any:
         """What B is multiplied with, for all modules of the group at once; x is (batch * times, seq, d_in)."""
         ...
 
-    def add(self, member: int, h: Tensor, output: Tensor) -> Tensor:
-        """The output of one module, (batch * times, seq, d_out), with what its delta adds; a tensor of its own."""
+    def add(self, member: int, h: Any, output: Tensor, *, own: bool) -> Tensor:
+        """The output of one module, (batch * times, seq, d_out), with what its delta adds.
+
+        Args:
+            member: which module.
+            h: what `shrink` gave.
+            output: of the module alone.
+            own: whether the output is contiguous and nobody else's, and so may be written to.
+        """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class GroupBank:
-    """The ranks that a batch uses of the modules of a group, contiguous, each bank closed by a rank of zeros.
+    """The ranks that a batch uses of the modules of a group, contiguous.
 
     Attributes:
         use: which rows use what, on the CPU.
-        A: (R + 1, d_in), the ranks of all modules one after the other.
-        B: for every module (R_i + 1, d_out), rank by rank.
+        A: (R, d_in), the ranks of all modules one after the other.
+        B: for every module (R_i, d_out), rank by rank.
     """
 
     use: RowUse
@@ -45,9 +52,16 @@ class GroupBank:
         """Put together the ranks of static deltas of linear modules that some row uses."""
         A = [_rows(d.A, used) for d, used in zip(deltas, use.used, strict=True)]
         B = [_rows(d.B.mT, used) for d, used in zip(deltas, use.used, strict=True)]
-        zeros = [bank.new_zeros(1, bank.shape[1]) for bank in (A[0], *B)]
-        closed = tuple(torch.cat(pair) for pair in zip(B, zeros[1:], strict=True))
-        return cls(use, torch.cat([*A, zeros[0]]), closed)
+        return cls(use, A[0] if len(A) == 1 else torch.cat(A), tuple(bank.contiguous() for bank in B))
+
+    @property
+    def banks(self) -> tuple[Tensor, ...]:
+        """A, then every module's B."""
+        return self.A, *self.B
+
+    def closed(self) -> tuple[Tensor, ...]:
+        """The same, copied, each with a rank of zeros at its end for whoever has fewer ranks than others."""
+        return tuple(torch.cat([bank, bank.new_zeros(1, bank.shape[1])]) for bank in self.banks)
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -88,8 +102,7 @@ class SharedForm:
 
     def __init__(self, bank: GroupBank) -> None:
         use, place, dtype = bank.use, bank.A.device, bank.A.dtype
-        self._A = bank.A[:-1]  # (R, d_in)
-        self._B = tuple(B[:-1] for B in bank.B)  # (R_i, d_out)
+        self._A, self._B = bank.A, bank.B  # (R, d_in), and (R_i, d_out) each
         self._parts = _parts(bank.ranks)
         weights = torch.cat(use.weights, dim=1)[use.row_of]  # (batch, R)
         if use.distinct == 1:  # every rank is used, by every row alike
@@ -114,10 +127,11 @@ class SharedForm:
             by_row = by_row.mul_(weights)
         return by_row.view_as(h)
 
-    def add(self, member: int, h: Tensor, output: Tensor) -> Tensor:
+    def add(self, member: int, h: Tensor, output: Tensor, *, own: bool) -> Tensor:
         """Output + h B, of one module."""
         flat = output.reshape(len(h), -1)  # (batch * times * seq, d_out)
-        return torch.addmm(flat, h[:, self._parts[member]], self._B[member]).view(output.shape)
+        part = h[:, self._parts[member]], self._B[member]
+        return (flat.addmm_(*part) if own else torch.addmm(flat, *part)).view(output.shape)
 
     def _for(self, times: int) -> tuple[Tensor | None, Tensor | None]:
         """Weights and what is switched off, (batch * times, 1, R), None where they would change nothing."""
@@ -140,8 +154,8 @@ class GatheredForm:
     together, beams as well, so a bank is read once however many rows use it.
     """
 
-    def __init__(self, bank: GroupBank, workspace: Workspace | None = None) -> None:
-        """Gather the ranks of every composition; into a workspace if the form does not outlive the next."""
+    def __init__(self, bank: GroupBank) -> None:
+        """Gather the ranks of every composition."""
         use, place = bank.use, bank.A.device
         self._rows = use.lineup().to(place)
         self._parts = _parts(use.widest)
@@ -151,11 +165,9 @@ class GatheredForm:
             # the place after a module's last rank is its rank of zeros in B, and that of the whole group in A
             in_A.append(torch.where(pick == ranks, end, pick + start))
             start += ranks
-        banks = [bank.A, *bank.B]
+        banks = bank.closed()
         places = [torch.cat(in_A, dim=1), *(pick for pick, _ in picks)]
-        sizes = [places_of.numel() * of.shape[1] for places_of, of in zip(places, banks, strict=True)]
-        spaces = [None] * len(banks) if workspace is None else workspace.take(sizes, bank.A)
-        A, *B = (_take(of, to.to(place), into) for of, to, into in zip(banks, places, spaces, strict=True))
+        A, *B = (_take(of, to.to(place)) for of, to in zip(banks, places, strict=True))
         self._A = A.mT  # (distinct, d_in, R' of all modules)
         self._B = tuple(b.mul_(w[..., None].to(b)) for b, (_, w) in zip(B, picks, strict=True))  # (distinct, R', d_out)
 
@@ -163,12 +175,14 @@ class GatheredForm:
         """A x with each row's own A, (distinct, places * times * seq, R')."""
         return torch.bmm(self._rows.line_up(x), self._A)
 
-    def add(self, member: int, h: Tensor, output: Tensor) -> Tensor:
+    def add(self, member: int, h: Tensor, output: Tensor, *, own: bool) -> Tensor:
         """Output + h B, of one module, with each row's own B."""
         h, B = h[..., self._parts[member]], self._B[member]
         if self._rows.place is None:
-            return torch.baddbmm(output.reshape(*h.shape[:2], -1), h, B).view(output.shape)
-        return output + self._rows.go_back(torch.bmm(h, B)).reshape(output.shape)
+            flat = output.reshape(*h.shape[:2], -1)
+            return (flat.baddbmm_(h, B) if own else torch.baddbmm(flat, h, B)).view(output.shape)
+        added = self._rows.go_back(torch.bmm(h, B)).reshape(output.shape)
+        return output.add_(added) if own else output + added
 
 
 def _parts(ranks: Sequence[int]) -> tuple[slice, ...]:
@@ -182,9 +196,6 @@ def _rows(bank: Tensor, used: Tensor) -> Tensor:
     return bank if len(used) == len(bank) else bank.index_select(0, used.to(bank.device))
 
 
-def _take(bank: Tensor, pick: Tensor, space: Tensor | None) -> Tensor:
-    """bank[pick], (*pick, width), in a space if one is given; index_select copies rows several times faster."""
-    flat = pick.flatten()
-    if space is None:
-        return bank.index_select(0, flat).view(*pick.shape, -1)
-    return torch.index_select(bank, 0, flat, out=space.view(len(flat), -1)).view(*pick.shape, -1)
+def _take(bank: Tensor, pick: Tensor) -> Tensor:
+    """bank[pick], (*pick, width); index_select copies rows several times faster."""
+    return bank.index_select(0, pick.flatten()).view(*pick.shape, -1)

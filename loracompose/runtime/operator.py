@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from loracompose.runtime.grouped import GroupedForm, kernels_run
 from loracompose.runtime.machine import DEFAULT, Machine
 from loracompose.runtime.plan import Form, Wanted, active_pays, choose_form
 from loracompose.runtime.rows import RowUse
+from loracompose.runtime.segments import SegmentedForm
 from loracompose.runtime.sharing import OpenProduct, SharedInput
 
 Context = Callable[[], GateContext]
@@ -99,9 +101,8 @@ def gated_group(deltas: Mapping[str, LowRankDelta], slot: OpenProduct) -> dict[s
 class StaticGroup:
     """Runs the static deltas of linear modules that read the same input, in the form that each pass needs.
 
-    Forms are built at their first use. Those of decoding steps are kept, so that a step allocates nothing but its
-    result; a gathered form that only a pass of many tokens wants is dropped with the pass, since it may be larger
-    than the model.
+    Forms are built at their first use. Those of decoding steps are kept, so that a step allocates nothing; a gathered
+    form that only a pass of many tokens wants is dropped with the pass, since it may be larger than the model.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class StaticGroup:
         form: Wanted = "auto",
         machine: Machine = DEFAULT,
         workspace: Workspace | None = None,
+        writable: Collection[str] = (),
     ) -> None:
         """Prepare deltas of one width and batch.
 
@@ -123,8 +125,9 @@ class StaticGroup:
             form: "shared" or "gathered" for one form always.
             machine: what the plan counts with.
             workspace: memory of forms that are not kept, for all groups of one slot.
+            writable: modules whose outputs nobody else holds, so that the delta may be added in place.
         """
-        self._workspace = workspace
+        self._workspace, self._writable = workspace or Workspace(), frozenset(writable)
         self._deltas, self._weights, self._slot = dict(deltas), weights, slot
         self._form_wanted, self._machine = form, machine
         self._member = {path: i for i, path in enumerate(deltas)}
@@ -151,7 +154,8 @@ class StaticGroup:
                 self._alone[path] = self._part(path)
             return self._alone[path].add(path, output, x)
         prepared, h = product
-        return prepared.add(self._member[path], h, output)
+        own = path in self._writable and output.is_contiguous() and not torch.is_grad_enabled()
+        return prepared.add(self._member[path], h, output, own=own)
 
     def _part(self, path: str) -> StaticGroup:
         """A group of one module, for one that reads what its siblings do not."""
@@ -162,9 +166,10 @@ class StaticGroup:
             form=self._form_wanted,
             machine=self._machine,
             workspace=self._workspace,
+            writable=self._writable,
         )
 
-    def _shrink(self, x: Tensor) -> tuple[BankForm, Tensor]:
+    def _shrink(self, x: Tensor) -> tuple[BankForm, Any]:
         form = self._form(x.shape[0], x.shape[1])
         return form, form.shrink(x)
 
@@ -174,23 +179,24 @@ class StaticGroup:
         if kept is not None and not (gradients and isinstance(kept, GroupedForm)):  # the kernels have no backward
             return kept
         # What is made in inference mode could not be used outside of it, where an attachment may still run.
-        own_memory = seq == 1 or gradients  # gradients would read a workspace when it holds another form
         with torch.inference_mode(False), torch.no_grad():
             if self._bank is None:
                 self._bank = GroupBank.build(list(self._deltas.values()), self._use)
-            workspace = None if own_memory else self._workspace
-            form = self._build(kind, self._bank, workspace, kernels=not gradients)
+            form = self._build(kind, self._bank, seq, gradients)
         if kept is None and (seq == 1 or kind == "shared" or isinstance(form, GroupedForm)):
             self._kept[kind] = form
         return form
 
-    def _build(self, kind: Form, bank: GroupBank, workspace: Workspace | None, *, kernels: bool) -> BankForm:
+    def _build(self, kind: Form, bank: GroupBank, seq: int, gradients: bool) -> BankForm:
         if kind == "shared":
             return SharedForm(bank)
-        if kernels and kernels_run(bank.A.device, bank.A.dtype):
+        if not gradients and kernels_run(bank.A.device, bank.A.dtype):
             return GroupedForm(bank)
-        # A form that is not kept is reached through the slot alone, which holds one product at a time.
-        return GatheredForm(bank, workspace)
+        # Gradients would read a workspace when it holds another form.
+        if seq > 1 and not gradients and bank.A.device.type == "cpu":
+            # This form is not kept: it is reached through the slot alone, which holds one product at a time.
+            return SegmentedForm(bank, self._workspace)
+        return GatheredForm(bank)
 
     def _choose(self, rows: int, seq: int) -> Form:
         if self._form_wanted == "shared" or self._form_wanted == "gathered":

@@ -66,6 +66,16 @@ def test_hooks_of_others_survive():
     assert list(model.get_submodule(Q)._forward_hooks) == [handle.id]
 
 
+def test_whoever_saw_a_modules_output_first_keeps_it_as_it_was():
+    model, seen, kept = copy.deepcopy(laws.base("llama")), [], []
+    model.get_submodule(Q).register_forward_hook(lambda module, args, output: seen.append(output))
+    model.get_submodule(Q).register_forward_hook(lambda module, args, output: kept.append(output.clone()))
+    with torch.no_grad(), attach(model, {Q: delta_for("llama", Q)}):
+        changed = tiny.logits(model, "llama", batch=2, seq=6)
+    assert torch.equal(seen[0], kept[0])
+    assert not torch.equal(changed, tiny.logits(model, "llama", batch=2, seq=6))
+
+
 def test_an_unknown_module_is_refused_by_name_before_any_hook_is_put_on(monkeypatch: pytest.MonkeyPatch):
     model, put = laws.base("llama"), []
     monkeypatch.setattr(nn.Module, "register_forward_hook", lambda *a, **k: put.append(a))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from loracompose.runtime import operator
 from loracompose.runtime.forms import GatheredForm, GroupBank, SharedForm, Workspace
 from loracompose.runtime.operator import RowOperator, StaticGroup
 from loracompose.runtime.rows import RowUse
+from loracompose.runtime.segments import SegmentedForm
 from loracompose.runtime.sharing import OpenProduct
 from tests.runtime.toy import Recorder, random_delta
 
@@ -71,14 +73,25 @@ def test_the_shared_and_the_gathered_form_equal_the_dense_product(
     deltas: dict[str, LowRankDelta], times: int, seq: int
 ):
     x = given_input(next(iter(deltas.values())), times, seq)
-    for form in ("auto", "shared", "gathered"):
-        run = group(deltas, form=form)
+    for form, writable in itertools.product(("auto", "shared", "gathered"), ((), tuple(deltas))):
+        run = group(deltas, form=form, writable=writable)
         for path, delta in deltas.items():
             output = torch.randn(*x.shape[:2], WIDTHS[path], dtype=torch.float64)
             given = output.clone()
-            assert torch.allclose(run.add(path, output, x), given + dense(delta, x), atol=1e-12), form
-            assert torch.equal(output, given)  # what the module gave out is not written to
+            with torch.no_grad():
+                got = run.add(path, output, x)
+            assert torch.allclose(got, given + dense(delta, x), atol=1e-12), form
+            assert torch.equal(output, got if writable else given)  # written to only where nobody else holds it
             assert torch.allclose(delta.repeat(times)(x), dense(delta, x), atol=1e-12)
+
+
+def test_nothing_is_written_to_where_gradients_flow():
+    deltas = {"q": random_delta(weights=torch.eye(5, dtype=torch.float64))}
+    x = given_input(deltas["q"]).requires_grad_()
+    output = torch.zeros(5, 3, 9, dtype=torch.float64)
+    for form in ("shared", "gathered"):
+        group(deltas, form=form, writable=["q"]).add("q", output, x)
+        assert not output.any()
 
 
 def test_gathered_compositions_hold_only_what_the_widest_uses_and_equal_rows_are_gathered_once():
@@ -106,11 +119,23 @@ def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it():
 def test_a_form_of_decoding_steps_is_built_once_and_kept_and_one_of_long_passes_is_not():
     delta = random_delta(weights=torch.eye(5, dtype=torch.float64).repeat(4, 1))
     run, output = group({"q": delta}, form="gathered"), torch.zeros(20, 1, 9, dtype=torch.float64)
-    with mock.patch.object(operator, "GatheredForm", wraps=GatheredForm) as built:
+    with (
+        torch.no_grad(),
+        mock.patch.object(operator, "GatheredForm", wraps=GatheredForm) as kept,
+        mock.patch.object(operator, "SegmentedForm", wraps=SegmentedForm) as dropped,
+    ):
         for seq in (4, 4, 1, 1, 1):
             run.add("q", output.expand(20, seq, 9), given_input(delta, seq=seq))
         run.add("q", output.repeat(2, 1, 1), given_input(delta, times=2, seq=1))
-    assert built.call_count == 3
+    assert (kept.call_count, dropped.call_count) == (1, 2)
+
+
+def test_ranks_that_stand_side_by_side_are_not_copied():
+    weights = torch.tensor([[1.0, 1.0, 0, 0], [0, 0, 1.0, 1.0], [1.0, 0, 1.0, 0]], dtype=torch.float64)
+    made = bank(random_delta(ranks=4, weights=weights))
+    form = SegmentedForm(made, Workspace())
+    shared = [B.untyped_storage().data_ptr() == made.B[0].untyped_storage().data_ptr() for B in form._B[0]]
+    assert shared == [True, True, False]
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -1,18 +1,21 @@
 """How a SMoRA training spread its tokens over the ranks, as a figure.
 
-    python benchmarks/smora_load.py adapters/smora.router -o docs/smora_load.svg
+    python benchmarks/smora_load.py adapters/smora.router --keep benchmarks/results/smora_load.json
+    python benchmarks/smora_load.py benchmarks/results/smora_load.json -o docs/smora_load.svg
 
-Reads the record in the router's folder that `loracompose train smora` wrote; nothing is measured anew. Left, the excess
-of the fullest rank over the mean, step by step, averaged over the modules; right, the ranks of every module from the
-fullest to the emptiest, averaged over the modules, in the first and in the last tenth of the steps. Needs the extra
-"eval".
+Reads the record in the router's folder that `loracompose train smora` wrote, or what `--keep` kept of it; nothing is
+measured anew. Left, the excess of the fullest rank over the mean, step by step, averaged over the modules; right, the
+ranks of every module from the fullest to the emptiest, averaged over the modules, in the first and in the last tenth of
+the steps. Needs the extra "eval".
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -20,7 +23,10 @@ mpl.use("svg")
 
 from matplotlib import pyplot as plt
 
-from loracompose.composition.router import Router, load_router
+from loracompose.composition.router import load_router
+from loracompose.evaluation.results import write_whole
+
+KEPT = ("recipe", "settings", "examples", "steps", "seconds", "losses", "load", "versions")
 
 
 def sorted_loads(part: Mapping[str, Sequence[int]]) -> list[float]:
@@ -29,15 +35,20 @@ def sorted_loads(part: Mapping[str, Sequence[int]]) -> list[float]:
     return [sum(column) / len(column) for column in zip(*modules, strict=True)]
 
 
-def draw(router: Router, output: Path) -> None:
-    """Write the figure of a router's record.
+def read(place: Path) -> dict[str, Any]:
+    """What is kept of the record of a router.
 
     Raises:
-        LookupError: the router's record has no load, as that of a router for pools.
+        LookupError: the record has no load, as that of a router for pools.
     """
-    if "load" not in router.training:
-        raise LookupError(f"{router!r} has no load in its record; give the router that `loracompose train smora` wrote")
-    load = router.training["load"]
+    record = load_router(place).training if place.is_dir() else json.loads(place.read_text(encoding="utf-8"))
+    if "load" not in record:
+        raise LookupError(f"{place} has no load in its record; give the router that `loracompose train smora` wrote")
+    return {name: record[name] for name in KEPT if name in record}
+
+
+def draw(load: Mapping[str, Any], output: Path) -> None:
+    """Write the figure of a load."""
     with mpl.rc_context({"svg.hashsalt": "smora_load", "svg.fonttype": "none"}):  # the same record, the same file
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
         left.plot(range(1, len(load["violation"]) + 1), load["violation"], color="tab:blue", linewidth=1)
@@ -55,10 +66,14 @@ def draw(router: Router, output: Path) -> None:
 def main() -> None:
     """Draw what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("router", type=Path, help="router folder of a SMoRA adapter")
+    parser.add_argument("record", type=Path, help="router folder of a SMoRA adapter, or the JSON kept of it")
+    parser.add_argument("--keep", type=Path, help="where to keep the record as JSON")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/smora_load.svg"))
     asked = parser.parse_args()
-    draw(load_router(asked.router), asked.output)
+    record = read(asked.record)
+    if asked.keep:
+        write_whole(asked.keep, json.dumps(record) + "\n")
+    draw(record["load"], asked.output)
 
 
 if __name__ == "__main__":

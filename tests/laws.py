@@ -37,6 +37,7 @@ from loracompose.composers.rank_gating import RankGating
 from loracompose.composers.selection import Selection
 from loracompose.composers.smora import Smora
 from loracompose.composers.ties import Ties
+from loracompose.composers.xlora import Xlora
 from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.router import Router, RouterAdapter
@@ -361,6 +362,13 @@ ROWS: Mapping[str, Row] = {
         no_identity=Case(Smora(learned(Smora), active=ALL), ONE),
         weighted_sum=Case(Smora(learned(Smora, spread=0.0), active=ALL), EVERY),
         no_weighted_sum=Case(Smora(learned(Smora, spread=0.0)), EVERY),
+    ),
+    "xlora": Row(
+        settings=(Xlora(learned(Xlora)), Xlora(learned(Xlora, granularity="network", depth=3, width=8))),
+        identity=Case(Xlora(learned(Xlora)), ONE),
+        no_identity=Case(Xlora(learned(Xlora)), PAIR),
+        weighted_sum=Case(Xlora(learned(Xlora, spread=0.0)), PAIR),  # before its first step it is the uniform sum
+        no_weighted_sum=Case(Xlora(learned(Xlora)), PAIR),
     ),
 }
 

@@ -121,6 +121,32 @@ def test_the_tables_of_learned_methods_are_made_from_their_results():
     assert fill(text, {learned_report.BLOCK: learned_report.report()}) == text
 
 
+def test_the_tables_of_response_losses_are_made_from_their_results():
+    losses = script("response_loss_report")
+    text = losses.DOCUMENT.read_text(encoding="utf-8")
+    assert losses.filled(text) == text
+
+
+def test_a_lower_loss_is_a_gain_and_claims_are_told_by_their_intervals():
+    losses = script("response_loss_report")
+    tasks, jitter = ["a", "b"] * 20, [0.01 * (i % 7) for i in range(40)]
+    dropout = {p: [1.0 if task == "b" else 9.0 for task in tasks] for p in losses.PROTOCOLS}
+    none = [2.0 + j if task == "b" else 1.0 for task, j in zip(tasks, jitter, strict=True)]
+    methods = {
+        "lora_flow": {p: [1.0 + j for j in jitter] for p in losses.PROTOCOLS},
+        "cat": {"in-domain": [2.0 + j for j in jitter[::-1]], "masked": [0.5 + j for j in jitter[::-1]]},
+        losses.DROPOUT: dropout,
+        losses.NO_DROPOUT: dict.fromkeys(losses.PROTOCOLS, none),
+    }
+    found = losses.scores({"about": {"tasks": tasks, "unseen": ["b"]}, "methods": methods})
+    told = losses.claimed("claim", "lora_flow", "cat", found)
+    assert told.startswith("| claim | +1.0")
+    assert told.endswith("| confirmed in-domain, refuted masked |")
+    (dropout,) = (claim for claim in losses.CLAIMS if claim[1] == losses.DROPOUT)
+    assert losses.claimed(*dropout, found).endswith("| confirmed |")  # on the tasks that were not seen alone
+    assert losses.claimed("claim", "lora_flow", "mole", found) == ""
+
+
 def test_the_tables_of_speed_are_made_from_their_results():
     speed_report = script("speed_report")
     for document in speed_report.DOCUMENTS:

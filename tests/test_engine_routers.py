@@ -26,13 +26,13 @@ PROMPTS = ["say good night in french", "add two and nine", "mood of the review: 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A pool, and routers of two methods trained with it."""
+    """A pool, and routers of three methods trained with it."""
     folder = tmp_path_factory.mktemp("routers")
     build_pool(folder / "pool")
     data = [{"prompt": f"{name} {i}", "response": name, "task": name} for name in TASKS for i in range(2)]
     recipe = RouterRecipe(steps=2, batch_size=4, learning_rate=1.0, warmup=0)
     with make_engine(folder) as engine:
-        for method in ("lora_flow", "cat"):
+        for method in ("lora_flow", "cat", "xlora"):
             train_router(method, data, engine.index, folder / method, base=engine.base, recipe=recipe, progress=False)
     return folder
 
@@ -72,6 +72,17 @@ def test_a_router_folder_runs_as_what_was_trained_and_the_trace_names_it(engine,
 def test_a_batch_equals_its_rows_alone_whatever_is_retrieved(engine):
     batch = engine.generate(PROMPTS, k=2, max_new_tokens=5)
     assert texts(batch) == [engine.generate(prompt, k=2, max_new_tokens=5)[0].text for prompt in PROMPTS]
+
+
+def test_a_gate_that_asks_the_bare_base_first_answers_alone_streamed_and_in_pieces_as_in_a_batch(home):
+    with make_engine(home, composer="xlora", router=home / "xlora") as engine:
+        batch = texts(engine.generate(PROMPTS, k=2, max_new_tokens=5))
+        assert batch == [engine.generate(prompt, k=2, max_new_tokens=5)[0].text for prompt in PROMPTS]
+        assert batch == ["".join(engine.stream(prompt, k=2, max_new_tokens=5)) for prompt in PROMPTS]
+        assert batch == texts(engine.generate(PROMPTS, k=2, max_new_tokens=5, prefill_chunk_size=3))
+        beams = texts(engine.generate(PROMPTS, k=2, max_new_tokens=5, num_beams=3))
+        assert beams == texts(engine.generate(PROMPTS, k=2, max_new_tokens=5, num_beams=3, use_cache=False))
+        assert batch != texts(engine.generate(PROMPTS, k=2, max_new_tokens=5, composer="mixture"))
 
 
 def test_a_call_may_name_the_method_of_the_engines_router_and_no_other(engine, home):

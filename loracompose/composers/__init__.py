@@ -29,6 +29,7 @@ from loracompose.composers.rank_gating import RankGating
 from loracompose.composers.selection import Selection
 from loracompose.composers.smora import Smora
 from loracompose.composers.ties import Ties
+from loracompose.composers.xlora import Xlora
 from loracompose.composition.router import Router
 
 COMPOSERS: Mapping[str, type[Composer]] = MappingProxyType(
@@ -55,6 +56,7 @@ COMPOSERS: Mapping[str, type[Composer]] = MappingProxyType(
             Phatgoose,
             Ramole,
             Smora,
+            Xlora,
         )
     }
 )

@@ -26,6 +26,8 @@ class GateContext:
         memory: this request's own store; what a gate writes at prefill it finds again at every decoding step.
         scratch: the store of one forward pass of the model, emptied before the next: for what the modules of a layer
             share, and for the live gates that a training loss is made of.
+        base_states: last hidden states of the base without any delta, of the tokens that the module reads,
+            (batch, seq, hidden); made only for gates that set `needs_base_states`.
     """
 
     module: str
@@ -34,6 +36,7 @@ class GateContext:
     prompt_mask: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    base_states: Tensor | None = None
 
     def valid(self, seq: int) -> Tensor | None:
         """Which of the `seq` tokens of this call are real, (batch, seq) bool; None if all are."""
@@ -97,6 +100,21 @@ class Gate(Protocol):
             Multipliers, broadcastable to (batch, seq, R), weights included.
         """
         ...
+
+
+@runtime_checkable
+class BaseStatesGate(Gate, Protocol):
+    """A gate that decides on what the base makes of the text before any adapter acts: every pass costs two."""
+
+    @property
+    def needs_base_states(self) -> bool:
+        """Whether it looks at `GateContext.base_states`."""
+        ...
+
+
+def asks_base(gate: Gate | None) -> bool:
+    """Whether a gate needs a first pass of the base."""
+    return isinstance(gate, BaseStatesGate) and gate.needs_base_states
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loracompose.composition.delta import LowRankDelta
-from loracompose.composition.gates import Gate, GateContext
+from loracompose.composition.gates import Gate, GateContext, asks_base
 from loracompose.composition.layers import layer_of, running_order
 
 NOTED = "watched "  # + module: scratch key of the multipliers that its gate decided
@@ -31,6 +31,11 @@ class WatchedGate:
     def needs_layer_input(self) -> bool:
         """What the gate inside needs."""
         return self.gate.needs_layer_input
+
+    @property
+    def needs_base_states(self) -> bool:
+        """What the gate inside needs."""
+        return asks_base(self.gate)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> WatchedGate:
         """The same gate on a device and in a dtype."""

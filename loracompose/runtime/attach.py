@@ -10,9 +10,11 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from loracompose.composition.delta import LowRankDelta
+from loracompose.composition.gates import asks_base
 from loracompose.composition.layers import layer_of
 from loracompose.runtime.assembly import Assembly
 from loracompose.runtime.attachment import Attachment
+from loracompose.runtime.first_pass import FirstPass
 from loracompose.runtime.fitting import check_fit, on_module, resolve
 from loracompose.runtime.folding import folded
 from loracompose.runtime.machine import Machine
@@ -62,14 +64,23 @@ def attach(
     for path, module in modules.items():
         check_fit(path, module, deltas[path])
     ready = {path: on_module(delta, modules[path]) for path, delta in deltas.items()}
-    assembly = Assembly(modules, ready, form, tokens, machine)
+    first = FirstPass(model) if any(asks_base(delta.gate) for delta in deltas.values()) else None
+    # what is folded into the weights would act in a pass of the bare base too
+    assembly = Assembly(modules, ready, form, tokens if first is None else None, machine)
     inside, beside, weights = assembly.split()
-    request = Attachment(deltas, prompt_mask)
+    if first is not None and inside:
+        raise ValueError(
+            f"{next(iter(inside))} cannot run folded into its weight beside a gate that asks for the states of the "
+            "bare base; leave form to 'auto'"
+        )
+    request = Attachment(deltas, prompt_mask, first)
     with ExitStack() as hooks:
         operators = assembly.operators(beside, weights, request.product)
         gates = {path: delta.gate for path, delta in beside.items() if delta.gate is not None}
         for part, start in request.starts(model) if gates else ():
             hooks.callback(part.register_forward_pre_hook(start, with_kwargs=True).remove)
+        if first is not None:
+            hooks.enter_context(first.attached())
         for layer in sorted({layer_of(path) for path, gate in gates.items() if gate.needs_layer_input}):
             hook = resolve(model, layer).register_forward_pre_hook(request.layer_hook(layer), with_kwargs=True)
             hooks.callback(hook.remove)

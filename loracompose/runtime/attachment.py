@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from loracompose.composition.gates import GateContext
 from loracompose.composition.layers import layer_of
+from loracompose.runtime.first_pass import FirstPass
 from loracompose.runtime.sharing import OpenProduct
 
 # (the module's output, its input, what gates may know) -> the output with what the delta adds
@@ -31,12 +32,16 @@ class Attachment:
 
     Attributes:
         product: what the modules that read one tensor share while the model runs.
+        first: the pass of the base before each pass, where a gate asks for its states.
     """
 
-    def __init__(self, deltas: Iterable[str], prompt_mask: Tensor | None = None) -> None:
+    def __init__(
+        self, deltas: Iterable[str], prompt_mask: Tensor | None = None, first: FirstPass | None = None
+    ) -> None:
         self._never_ran = dict.fromkeys(deltas)
         self._prompt_mask = prompt_mask
         self.product = OpenProduct()
+        self.first = first
         self._side, self._encoder_side = Side(), Side()
         self._encoder_states: Tensor | None = None
         self._layer_input: dict[str, Tensor] = {}
@@ -99,6 +104,8 @@ class Attachment:
         layer = layer_of(path)
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if self.first is not None and self.first.running:
+                return output
             x = args[0]
             self._never_ran.pop(path, None)
             if output.ndim != 3:
@@ -120,6 +127,8 @@ class Attachment:
 
     def _context(self, path: str, layer: str, x: Tensor) -> GateContext:
         side, layer_input = self._side, self._layer_input.get(layer)
+        base = None if self.first is None else self.first.states
         if x is self._encoder_states:  # which no layer of the decoder has as its input
             side, layer_input = self._encoder_side, None if layer_input is None else x
-        return GateContext(path, layer_input, side.mask, side.prompt_mask, self._memory, self._scratch)
+            base = None if self.first is None else self.first.encoder_states
+        return GateContext(path, layer_input, side.mask, side.prompt_mask, self._memory, self._scratch, base)

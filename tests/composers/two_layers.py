@@ -88,13 +88,14 @@ def run(
     memory: dict[str, Tensor] | None = None,
     scratch: dict[str, Tensor] | None = None,
     prompt: Tensor | None = PROMPT,
+    base: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What every module gains when the modules run one after another, (batch, seq, d_out) each."""
     memory, scratch = {} if memory is None else memory, {} if scratch is None else scratch
     hidden, found = inputs(HIDDEN), {}
     for path in MODULES:
         if path in deltas:
-            context = GateContext(path, hidden[layer_of(path)], REAL, prompt, memory, scratch)
+            context = GateContext(path, hidden[layer_of(path)], REAL, prompt, memory, scratch, base)
             found[path] = deltas[path](x[path], context)
     return found
 

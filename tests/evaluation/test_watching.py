@@ -14,7 +14,9 @@ from loracompose.runtime.attach import attach
 from tests import laws, tiny
 
 
-@pytest.mark.parametrize("composer", [RankGating(m=2), Arrow(), laws.ROWS["lora_flow"].settings[0]], ids=repr)
+@pytest.mark.parametrize(
+    "composer", [RankGating(m=2), Arrow(), *(laws.ROWS[name].settings[0] for name in ("lora_flow", "xlora"))], ids=repr
+)
 def test_watched_deltas_run_to_the_last_bit_as_before_and_every_gate_is_noted(composer):
     deltas = laws.compose_rows(composer, laws.hostile_adapters(), laws.BATCH[:2])
     model = laws.base("llama")

@@ -60,7 +60,7 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("method", ["mole", "milora", "phatgoose"])
+@pytest.mark.parametrize("method", ["mole", "milora", "phatgoose", "xlora"])
 def test_routers_of_prompts_and_gate_vectors_are_trained_by_the_same_loop(train, tmp_path, method):
     recipe = RouterRecipe(steps=12, batch_size=12, learning_rate=0.1, members="own" if method == "phatgoose" else "all")
     report = train(tmp_path / "r", method, recipe=recipe)

@@ -19,7 +19,7 @@ from loracompose.adapters.lora import Adapter, LoraFactors
 from loracompose.cli import app
 from loracompose.composers.smora import Smora
 from loracompose.composition.bank import gather_banks
-from loracompose.composition.router import Router, RouterAdapter, load_router
+from loracompose.composition.router import Router, RouterAdapter, load_router, save_router
 from loracompose.models import load_base
 from loracompose.runtime.attach import attach
 from loracompose.training.adapter import with_lora
@@ -217,11 +217,16 @@ def test_the_figure_shows_the_loads_of_a_record_and_is_the_same_file_each_time(t
     smora_load = figure()
     load = {"violation": [2.0, 0.5], "first": {"a": [0, 8], "b": [1, 3]}, "last": {"a": [4, 4], "b": [5, 5]}}
     assert smora_load.sorted_loads(load["first"]) == [1.75, 0.25]
-    router = Router("smora", {}, {}, "base", training={"load": load})
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps({"steps": 2, "load": load, "pool": "left out"}))
+    assert smora_load.read(record) == {"steps": 2, "load": load}
     for name in ("one.svg", "two.svg"):
-        smora_load.draw(router, tmp_path / name)
+        smora_load.draw(smora_load.read(record)["load"], tmp_path / name)
     drawn = (tmp_path / "one.svg").read_bytes()
     assert drawn == (tmp_path / "two.svg").read_bytes()
     assert b"last tenth of the steps" in drawn
+    save_router(Router("smora", {}, {"a": torch.zeros(1)}, "base", training={"load": load}), tmp_path / "with")
+    assert smora_load.read(tmp_path / "with") == {"load": load}
+    save_router(Router("smora", {}, {"a": torch.zeros(1)}, "base"), tmp_path / "without")
     with pytest.raises(LookupError, match="has no load in its record"):
-        smora_load.draw(replace(router, training={}), tmp_path / "three.svg")
+        smora_load.read(tmp_path / "without")

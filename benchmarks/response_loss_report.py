@@ -1,0 +1,147 @@
+"""Write the tables of response losses into docs/learned_methods.md.
+
+python benchmarks/response_loss_report.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loracompose.evaluation.results import write_whole
+from loracompose.evaluation.statistics import Estimate, Scores
+from loracompose.marked import fill
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "response_loss.json"
+LOAD = ROOT / "benchmarks" / "results" / "smora_load.json"
+DOCUMENT = ROOT / "docs" / "learned_methods.md"
+PROTOCOLS = ("in-domain", "masked")
+EQUAL = "equal weights"
+
+METHODS = {
+    "base": "no adapter",
+    "own adapter": "the row's own adapter alone",
+    "selection": "the nearest adapter alone",
+    "mixture": "the posterior's weights",
+    EQUAL: "equal weights",
+    "cat": "`cat`, shipped",
+    "lora_flow": "`lora_flow`, shipped",
+    "milora": "`milora`, shipped",
+    "mole": "`mole`, shipped",
+    "ramole": "`ramole`, shipped",
+    "smora": "`smora`, shipped",
+    "mole, a gate per matrix": "`mole`, a gate a matrix",
+    "mole, a gate per layer": "`mole`, a gate a part of a block",
+    "mole, a gate per block": "`mole`, a gate a block",
+    "mole, a gate per network": "`mole`, one gate",
+    "xlora": "`xlora`",
+}
+MATRIX, LAYER, BLOCK, NETWORK = (f"mole, a gate per {name}" for name in ("matrix", "layer", "block", "network"))
+NO_DROPOUT, DROPOUT = "ramole, adapter dropout 0.0", "ramole, adapter dropout 0.5"
+RANKS, BLOCKS = (f"smora, 16 of 64 ranks in blocks of {size}" for size in (1, 8))
+CLAIMS = (
+    ("sharp weights beat equal weights (posterior)", "mixture", EQUAL),
+    ("a gate a layer and token beats equal weights (LoRA-Flow)", "lora_flow", EQUAL),
+    ("a gate a block beats equal weights (MoLE)", "mole", EQUAL),
+    ("routing once a prompt beats equal weights (MiLoRA)", "milora", EQUAL),
+    ("a router per token beats equal weights (RAMoLE)", "ramole", EQUAL),
+    ("gates per rank beat equal weights (SMoRA's form for pools)", "smora", EQUAL),
+    ("a head on the base's states beats equal weights (X-LoRA)", "xlora", EQUAL),
+    ("one learned weight a module beats equal weights (CAT)", "cat", EQUAL),
+    ("a gate a block beats a gate a matrix (MoLE)", BLOCK, MATRIX),
+    ("a gate a block beats one gate (MoLE)", BLOCK, NETWORK),
+    ("a gate a part of a block beats a gate a matrix (MoLE)", LAYER, MATRIX),
+    ("a gate a part of a block beats one gate (MoLE)", LAYER, NETWORK),
+    ("adapter dropout helps adapters never seen (RAMoLE)", DROPOUT, NO_DROPOUT),
+    ("sixteen ranks of their own beat two blocks of eight (SMoRA)", RANKS, BLOCKS),
+)
+
+
+def scores(results: Mapping[str, Any]) -> dict[str, Scores]:
+    """The losses of every protocol with their sign turned, so that more is better."""
+    tasks, unseen = results["about"]["tasks"], results["about"]["unseen"]
+    found = {}
+    for protocol in PROTOCOLS:
+        columns: dict[str, list[float | None]] = {}
+        for label, method in results["methods"].items():
+            if protocol in method:
+                counted = unseen if label in (DROPOUT, NO_DROPOUT) else tasks
+                columns[label] = [
+                    -loss if task in counted else None for task, loss in zip(tasks, method[protocol], strict=True)
+                ]
+        found[protocol] = Scores.of(tasks, columns)
+    return found
+
+
+def said(gap: Estimate) -> str:
+    """A difference with its interval."""
+    return f"{gap.value:+.3f} [{gap.low:.3f}, {gap.high:.3f}]"
+
+
+def load_told(record: Mapping[str, Any]) -> str:
+    """How evenly a SMoRA training used its ranks, in one sentence and its figure."""
+    excess, settings, recipe = record["load"]["violation"], record["settings"], record["recipe"]
+    first, worst, last = (1 + value for value in (excess[0], max(excess), excess[-1]))
+    return (
+        f"SMoRA's balancing, {record['steps']} steps, {settings['active']} of {recipe['rank']} ranks a token: the "
+        f"fullest rank of a module had {first:.2f} times the mean load in the first step, {worst:.2f} at its worst and "
+        f"{last:.2f} in the last (mean over modules).\n\n![How SMoRA spread its tokens over its ranks](smora_load.svg)"
+    )
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """Both tables in Markdown."""
+    found, tasks = scores(results), results["about"]["tasks"]
+    few = min(set(tasks), key=lambda task: (tasks.count(task), task))
+    lines = [f"{len(tasks)} rows of {len(set(tasks))} tasks, {tasks.count(few)} at least (`{few}`):", ""]
+    lines += ["| runs | " + " | ".join(f"{p}: loss | gain over equal weights [95 %]" for p in PROTOCOLS) + " |"]
+    lines.append("|---" * (1 + 2 * len(PROTOCOLS)) + "|")
+    for label, name in METHODS.items():
+        cells = []
+        for protocol in PROTOCOLS:
+            if label not in found[protocol].labels:
+                cells += ["", ""]
+                continue
+            gain = "" if label == EQUAL else said(found[protocol].difference(label, EQUAL).difference)
+            cells += [f"{-found[protocol].score(label).value:.3f}", gain]
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| claim | " + " | ".join(f"{p}: gain [95 %]" for p in PROTOCOLS) + " | here |"]
+    lines.append("|---" * (2 + len(PROTOCOLS)) + "|")
+    lines += [line for claim in CLAIMS if (line := claimed(*claim, found))]
+    return "\n".join(lines)
+
+
+def claimed(claim: str, method: str, other: str, found: Mapping[str, Scores]) -> str:
+    """The line of a claim; nothing where one of the two was not measured."""
+    gaps = {
+        protocol: own.difference(method, other).difference
+        for protocol, own in found.items()
+        if {method, other} <= set(own.labels)
+    }
+    words = {p: "confirmed" if gap.low > 0 else "refuted" if gap.high < 0 else "undecided" for p, gap in gaps.items()}
+    if not gaps:
+        return ""
+    same = len(set(words.values())) == 1
+    verdict = next(iter(words.values())) if same else ", ".join(f"{word} {p}" for p, word in words.items())
+    return f"| {claim} | {' | '.join(said(gaps[p]) if p in gaps else '' for p in PROTOCOLS)} | {verdict} |"
+
+
+def filled(text: str) -> str:
+    """The document with the tables between its marks."""
+    block = report(json.loads(RESULTS.read_text(encoding="utf-8")))
+    if LOAD.is_file():
+        block += "\n\n" + load_told(json.loads(LOAD.read_text(encoding="utf-8")))
+    return fill(text, {"losses": block})
+
+
+def main() -> None:
+    """Put the tables between the marks."""
+    write_whole(DOCUMENT, filled(DOCUMENT.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

@@ -100,19 +100,20 @@ def _best(inertia: Tensor, count: int, labels: Tensor, signs: Tensor) -> tuple[T
 
 def _settle(improve: Improve, clouds: Clouds, labels: Tensor, signs: Tensor, max_iter: int) -> tuple[Tensor, Tensor]:
     """Labels and signs after at most `max_iter` improvements of each cloud, fewer once nothing changes in it."""
-    labels, signs = labels.clone(), signs.clone()
+    settled = labels.clone(), signs.clone()
     moving = torch.arange(len(labels), device=labels.device)
     for _ in range(max_iter):
-        before = labels[moving], signs[moving]
-        after = improve(clouds, *before)
-        labels[moving], signs[moving] = after
-        changed = ((after[0] != before[0]) | (after[1] != before[1])).flatten(1).any(dim=1)
+        after = improve(clouds, labels, signs)
+        changed = ((after[0] != labels) | (after[1] != signs)).flatten(1).any(dim=1)
+        labels, signs = after
         count = int(changed.sum())
         if not count:
             break
         if 2 * count <= len(moving):  # to step on where all has settled changes nothing, and costs less than to pick
-            moving, clouds = moving[changed], clouds.at(changed)
-    return labels, signs
+            settled[0][moving], settled[1][moving] = after
+            moving, clouds, labels, signs = moving[changed], clouds.at(changed), labels[changed], signs[changed]
+    settled[0][moving], settled[1][moving] = labels, signs
+    return settled
 
 
 def _inertia(clouds: Clouds, labels: Tensor, signs: Tensor) -> Tensor:

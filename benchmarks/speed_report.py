@@ -34,7 +34,7 @@ def conditions(result: dict[str, Any]) -> str:
     """One line on what it was measured with."""
     of = result["machine"]
     return (
-        f"{result['model']} in {result.get('dtype', 'float32')}, {of['processor']}, {of['threads']} threads, "
+        f"{result['model']} in {result.get('dtype', 'float32')}, {of['processor']}, {of['threads']} thread{'s' * (of['threads'] != 1)}, "
         f"torch {of['torch']}, transformers {of['transformers']}, peft {of['peft']}, load {of['load']} at the start."
     )
 
@@ -74,7 +74,8 @@ def composing() -> str:
     """What composing costs."""
     result = results("composing")
     lines = [
-        f"{result['adapters']} adapters of rank {result['ranks'][0]} on {result['modules']} modules of {conditions(result)}",
+        f"{result['adapters']} adapters of rank {result['ranks'][0]} on {result['modules']} modules of {conditions(result)} "
+        f"{result['rounds']} rounds, {result['slow_rounds']} of what takes seconds.",
         "",
         "| method | ms | quartiles |",
         "|---|---|---|",
@@ -83,11 +84,15 @@ def composing() -> str:
         lines.append(
             f"| `{name}` | {1000 * part['median']:,.1f} | {1000 * part['low']:,.1f}–{1000 * part['high']:,.1f} |"
         )
-    lego, linear = result["lego"], result["linear"]
+    linear = result["linear"]
+    lego = (
+        f"{part['times_faster']:,.0f} times as fast at {part['inertia_ratio']:.3f} times the inertia with {starts} starts"
+        for starts, part in result["lego"]["starts"].items()
+    )
     lines += [
         "",
-        f"LEGO's clustering alone is {lego['times_faster']:,.0f} times as fast as scikit-learn's `KMeans(n_init=10)` module by "
-        f"module, at {lego['inertia_ratio']:.3f} times its inertia. `linear` is {linear['times_faster']:,.0f} times as fast as "
+        f"LEGO's clustering alone beside scikit-learn's `KMeans(n_init=10)` module by module: {'; '.join(lego)} (`Lego(n_init=...)`, "
+        f"10 by default). `linear` is {linear['times_faster']:,.0f} times as fast as "
         f'PEFT\'s `add_weighted_adapter(combination_type="svd")`, from which it differs by {linear["difference"]:.0e} of the '
         "largest entry.",
     ]
@@ -116,7 +121,7 @@ def summary() -> str:
     return "\n".join(lines)
 
 
-DOCUMENTS = {"docs/speed.md": {"ways": ways}, "README.md": {"speed": summary}}
+DOCUMENTS = {"docs/speed.md": {"ways": ways, "composing": composing}, "README.md": {"speed": summary}}
 
 
 def filled(document: str, text: str) -> str:

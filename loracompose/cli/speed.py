@@ -49,6 +49,7 @@ def speed(
 def composing(
     base: options.Base = options.DEFAULT_BASE,
     rounds: Rounds = 7,
+    slow_rounds: Annotated[int, typer.Option(help="Measurements of what takes seconds.")] = 3,
     output: Output = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -58,7 +59,7 @@ def composing(
 
     quiet_loading()
     with tables.console().status("composing"):
-        result = measure(load_base(base, device="cpu", dtype="float32"), rounds=rounds)
+        result = measure(load_base(base, device="cpu", dtype="float32"), rounds=rounds, slow_rounds=slow_rounds)
     _deliver(result, output, as_json, [composing_table(result)])
 
 
@@ -102,10 +103,11 @@ def composing_table(result: Mapping[str, Any]) -> Table:
         (name, f"{1000 * part['median']:,.1f}", f"{1000 * part['low']:,.1f} to {1000 * part['high']:,.1f}", "")
         for name, part in result["seconds"].items()
     ]
-    for label, part, other, more in (
-        ("LEGO's clustering alone", result["lego"], "scikit-learn", "inertia_ratio"),
-        ("linear", result["linear"], "PEFT's svd", "difference"),
-    ):
+    lego = (
+        (f"LEGO's clustering alone, {starts} starts", part, "scikit-learn", "inertia_ratio")
+        for starts, part in result["lego"]["starts"].items()
+    )
+    for label, part, other, more in (*lego, ("linear", result["linear"], "PEFT's svd", "difference")):
         spread = f"{1000 * part['seconds']['low']:,.1f} to {1000 * part['seconds']['high']:,.1f}"
         found = f"{part['times_faster']:,.0f} x {other}; {more.replace('_', ' ')} {part[more]:.2g}"
         rows.append((label, f"{1000 * part['seconds']['median']:,.1f}", spread, found))

@@ -18,7 +18,7 @@ from loracompose.composition.grouping import ModuleGroup, group_modules
 from loracompose.composition.linalg import canonical
 from loracompose.composition.settings import check_count
 
-CLUSTERING_BYTES = 1 << 26  # budget of one (G, n_init, R, k) tensor of the clustering, in float64
+CLUSTERING_BYTES = 1 << 26  # budget of the clustering, counted as one (G, n_init, R, k) tensor in float64
 
 
 @dataclass(frozen=True, eq=False)

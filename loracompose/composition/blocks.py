@@ -55,6 +55,15 @@ def member_updates(chunk: ModuleGroup, rows: slice) -> list[Tensor]:
     return [B[:, rows].to(dtype) @ A.to(dtype) for A, B in zip(chunk.A, chunk.B, strict=True)]
 
 
+def picked_entries(chunk: ModuleGroup, member: int, stride: int) -> Tensor:
+    """Every stride-th entry of a member's delta_W, row after row through all modules; no other entry is computed."""
+    A, B = (factor[member].to(chunk.working_dtype) for factor in (chunk.A, chunk.B))
+    entry = torch.arange(0, len(chunk.modules) * chunk.d_out * chunk.d_in, stride, device=A.device)
+    row, column = entry // chunk.d_in, entry % chunk.d_in
+    module = row // chunk.d_out
+    return (B.flatten(0, 1)[row] * A.mT[module, column]).sum(dim=-1)
+
+
 def compress(chunk: ModuleGroup, blocks: Blocks, rank: int, seed: int, block_bytes: int) -> tuple[Tensor, Tensor]:
     """Factors of at most `rank` ranks for modules given as blocks of rows.
 

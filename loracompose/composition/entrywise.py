@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loracompose.composition.bank import RankBank
-from loracompose.composition.blocks import Block, chunks, compress, member_updates, row_blocks
+from loracompose.composition.blocks import Block, chunks, compress, member_updates, picked_entries, row_blocks
 from loracompose.composition.grouping import ModuleGroup, group_modules, weighted_sum
 from loracompose.composition.settings import check_count
 from loracompose.composition.sparsity import check_sparsity, drop_out, mask_stream, trim
@@ -97,7 +97,14 @@ class EntrywiseMerge:
                     yield from zip(part.members, updates, strict=True)
 
         dtype = torch.float64 if any(part.working_dtype == torch.float64 for part in parts) else torch.float32
-        return magnitude_thresholds(entries, sizes, self.density, dtype)
+
+        def picked(strides: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+            for part in parts:
+                for place, i in enumerate(part.members):
+                    yield i, picked_entries(part, place, strides[i])
+
+        # which entries are dropped is known only in the order in which all of them are drawn
+        return magnitude_thresholds(entries, sizes, self.density, dtype, None if self.drop else picked)
 
 
 def sum_updates(banks: Mapping[str, RankBank], weights: Tensor, rank: int | None) -> dict[str, tuple[Tensor, Tensor]]:

@@ -71,12 +71,12 @@ def elect_and_average(updates: Sequence[Tensor], weights: Sequence[float], mass:
         weights: one per member, any sign, none 0.
         mass: factor of the mean, Σ|w_i| over the members of the row.
     """
-    # Signs and relu instead of comparisons and where: on a CPU these run several times as fast, and are as exact.
+    # Signs and relu instead of comparisons and where, in place: on a CPU that is several times as fast, and as exact.
     up, down, for_up, for_down = (torch.zeros_like(updates[0]) for _ in range(4))
     for update, w in zip(updates, weights, strict=True):
         vote = w * update
         positive = vote.relu()
-        negative = positive - vote
+        negative = vote.neg_().add_(positive)
         up += positive
         down += negative
         for_up += positive.sign_().mul_(abs(w))  # not as alpha, which must not overflow
@@ -85,9 +85,9 @@ def elect_and_average(updates: Sequence[Tensor], weights: Sequence[float], mass:
     # a sum of rounding errors elects nobody
     sure = votes.abs().sub_(up + down, alpha=64 * torch.finfo(votes.dtype).eps).sign_().relu_()
     sign = votes.sign_().mul_(sure)  # -1, 0 or 1
-    pro, con = sign.relu(), (-sign).relu_()
-    total = (up * pro).sub_(down * con)
-    share = (for_up * pro).add_(for_down * con).add_(1 - sure)
+    pro, con = sign.relu(), sign.neg_().relu_()
+    total = up.mul_(pro).sub_(down.mul_(con))
+    share = for_up.mul_(pro).add_(for_down.mul_(con)).add_(sure.neg_().add_(1))
     return total.div_(share).mul_(mass)
 
 

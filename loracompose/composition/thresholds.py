@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Sweep: TypeAlias = Callable[[], Iterable[tuple[int, Tensor]]]
+Pick: TypeAlias = Callable[[Sequence[int]], Iterable[tuple[int, Tensor]]]
 
 SAMPLE = 1 << 19  # entries per adapter that are looked at first
 SURE = 6.0  # standard deviations of a sample's quantile
@@ -20,11 +21,13 @@ _RADIX = 16
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def magnitude_thresholds(sweep: Sweep, sizes: Sequence[int], density: float, dtype: torch.dtype) -> list[float]:
+def magnitude_thresholds(
+    sweep: Sweep, sizes: Sequence[int], density: float, dtype: torch.dtype, pick: Pick | None = None
+) -> list[float]:
     """The magnitude from which on an entry belongs to the largest `density` of its adapter, exactly.
 
-    Two passes. The first takes every n-th entry; their quantiles bracket the threshold. The second counts the entries
-    above the bracket and keeps those inside, one in a hundred or so, of which the right one is selected. Counting shows
+    Every n-th entry is taken first; their quantiles bracket the threshold. One pass over all entries counts those above
+    the bracket and keeps those inside, one in a hundred or so, of which the right one is selected. Counting shows
     whether it was there: if not, as with many equal entries, a radix select follows, which needs no luck.
 
     Args:
@@ -32,6 +35,8 @@ def magnitude_thresholds(sweep: Sweep, sizes: Sequence[int], density: float, dty
         sizes: number of entries that `sweep` makes for each adapter.
         density: share to keep, in (0, 1].
         dtype: float32 or float64, the widest among the entries.
+        pick: makes (adapter, entries) pairs with about every n-th entry, n given for each adapter; rounding may differ
+            from that of `sweep`. None: they are taken from a pass of their own.
 
     Returns:
         One threshold per adapter: keeping |entry| >= threshold keeps ceil(density * size) entries, or more where
@@ -40,7 +45,7 @@ def magnitude_thresholds(sweep: Sweep, sizes: Sequence[int], density: float, dty
     if density == 1:
         return [0.0 for _ in sizes]
     places = [math.ceil(density * size) for size in sizes]  # of the last entry kept, counted from the largest
-    brackets = _sampled_brackets(sweep, sizes, places, dtype)
+    brackets = _sampled_brackets(pick or _from(sweep), sizes, places, dtype)
     for adapter, entries in sweep():
         brackets[adapter].take(entries.to(dtype).abs())
     found = [
@@ -87,14 +92,23 @@ class _Bracket:
         return float(inside.kthvalue(inside.numel() - place + 1).values)
 
 
-def _sampled_brackets(sweep: Sweep, sizes: Sequence[int], places: Sequence[int], dtype: torch.dtype) -> list[_Bracket]:
+def _from(sweep: Sweep) -> Pick:
+    """Every n-th entry of a pass."""
+
+    def pick(strides: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        seen = [0 for _ in strides]
+        for adapter, entries in sweep():
+            flat, stride = entries.flatten(), strides[adapter]
+            yield adapter, flat[-seen[adapter] % stride :: stride]
+            seen[adapter] += flat.numel()
+
+    return pick
+
+
+def _sampled_brackets(pick: Pick, sizes: Sequence[int], places: Sequence[int], dtype: torch.dtype) -> list[_Bracket]:
     samples: list[list[Tensor]] = [[] for _ in sizes]
-    strides = [max(1, size // SAMPLE) | 1 for size in sizes]  # odd, so that it takes from all columns
-    seen = [0 for _ in sizes]
-    for adapter, entries in sweep():
-        flat, stride = entries.flatten(), strides[adapter]
-        samples[adapter].append(flat[-seen[adapter] % stride :: stride].to(dtype, copy=True))  # lets the block go
-        seen[adapter] += flat.numel()
+    for adapter, entries in pick([max(1, size // SAMPLE) | 1 for size in sizes]):  # odd, to take from all columns
+        samples[adapter].append(entries.to(dtype, copy=True))  # lets the block go
     return [
         _bracket(torch.cat(sample).abs(), place / size) if size else _Bracket(0.0, 0.0)
         for sample, place, size in zip(samples, places, sizes, strict=True)

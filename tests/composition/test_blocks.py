@@ -5,7 +5,7 @@ import torch
 
 from loracompose.adapters.lora import Adapter, LoraFactors
 from loracompose.composition.bank import gather_banks
-from loracompose.composition.blocks import BLOCK_BYTES, chunks, compress, member_updates, row_blocks
+from loracompose.composition.blocks import BLOCK_BYTES, chunks, compress, member_updates, picked_entries, row_blocks
 from loracompose.composition.grouping import group_modules
 from tests.composers.pool import hostile_pool, random_adapter, update
 
@@ -48,6 +48,14 @@ def test_blocks_of_rows_put_together_are_the_updates(budget):
                 assert torch.allclose(delta, update(pool[member], module), rtol=1e-12, atol=1e-12)
                 seen.add((member, module))
     assert seen == {(i, m) for i, a in enumerate(pool) for m in a.factors}
+
+
+@pytest.mark.parametrize("stride", [1, 3, 7, 1001])
+def test_picked_entries_are_every_so_manieth_of_the_updates(stride):
+    alike = [random_adapter("a", 2, seed=1), random_adapter("b", 3, seed=2)]
+    for chunk in chunks(group_modules(gather_banks(alike)), BLOCK_BYTES):
+        for place, whole in enumerate(member_updates(chunk, slice(None))):
+            assert torch.allclose(picked_entries(chunk, place, stride), whole.flatten()[::stride], rtol=1e-12)
 
 
 @pytest.mark.parametrize("budget", [1, SMALL, 3000])

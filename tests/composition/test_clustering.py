@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from loracompose.composition.clustering import first_min, kmeans
+from loracompose.composition.clustering import kmeans
 
 SETTINGS = {"n_init": 10, "max_iter": 100, "seed": 0}
 
@@ -121,9 +123,19 @@ def test_steps_lower_the_inertia():
     )
 
 
+def test_single_moves_never_raise_the_inertia():
+    points = random_points(60, 40, 10)
+    steps = [cluster(points, 12, n_init=1, max_iter=step).inertia for step in range(12, 30)]  # Lloyd is over
+    assert all((later <= earlier * (1 + 1e-12)).all() for earlier, later in pairwise(steps))
+    assert (steps[-1] < steps[0]).any()
+
+
 def test_a_tie_goes_to_the_lower_index():
-    values = torch.tensor([[3.0, 1.0, 1.0], [0.0, 0.0, 0.0], [2.0, 2.0, 1.0]])
-    assert first_min(values).tolist() == [1, 0, 2]
+    # whatever the first seed is, the corners of a simplex are alike: the first of them that are left are drawn apart
+    corners = torch.eye(40, dtype=torch.float64)[None]
+    got = cluster(corners, 39, n_init=1)
+    shared = [label for label in got.labels[0].tolist() if got.labels[0].tolist().count(label) == 2]
+    assert shared == [0, 0]
 
 
 def test_points_of_zero_are_a_cluster_like_any_other():

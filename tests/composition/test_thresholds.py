@@ -32,6 +32,18 @@ def test_a_bracket_makes_the_radix_select_needless(how, monkeypatch):
     assert len(calls) == (how in ("unlucky bracket", "crowded bracket"))
 
 
+def test_picked_entries_spare_a_pass_and_need_not_be_the_right_ones(how):
+    entries = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    passes = []
+    sweep = lambda: passes.append(1) or pieces(entries, 700)()  # noqa: E731
+    wanted = entries.abs().sort(descending=True).values[3999].item()
+    pick = lambda strides: [(0, entries[:: strides[0]] * (1 + 1e-6))]  # noqa: E731
+    assert magnitude_thresholds(sweep, [20000], 0.2, torch.float32, pick) == [pytest.approx(wanted, rel=0, abs=0)]
+    assert len(passes) == (1 if how in ("whole sample", "bracket") else 3)
+    astray = lambda strides: [(0, entries[:: strides[0]] * 5)]  # noqa: E731
+    assert magnitude_thresholds(sweep, [20000], 0.2, torch.float32, astray) == [pytest.approx(wanted, rel=0, abs=0)]
+
+
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.9])
 def test_many_equal_entries_have_the_threshold_of_the_sorted_ones(density):
     entries = torch.cat([torch.zeros(4000), torch.ones(3000), torch.full((2000,), -2.0), torch.rand(2003)])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from loracompose.adapters.folder import CONFIG, WEIGHTS
@@ -65,33 +65,38 @@ class Stream:
 def write_pool(folder: Path, size: int, model: PreTrainedModel, tick: Callable[[], None] = lambda: None) -> list[Path]:
     """PEFT folders of adapters that all differ, in bfloat16; those that are there already stay as they are.
 
-    The numbers of an adapter are those of one of eight drawn ones, turned by its number: drawing all anew would take
-    longer than all that is measured.
+    The numbers of an adapter are those of one of eight drawn ones, moved on by a few places: drawing all anew would
+    take longer than all that is measured.
     """
     case = Case()
     shapes = {path: module_shape(module) for path, module in model.named_modules() if layer_of(path)}
-    drawn = [_drawn(shapes, number, case) for number in range(8)]
+    drawn = [_file(*_drawn(shapes, number, case)) for number in range(8)]
     made = []
     for number in range(size):
         path = folder / f"adapter{number:05d}"
         made.append(path)
         if not (path / CONFIG).exists():
-            rank, kinds, tensors = drawn[number % 8]
+            config, header, numbers = drawn[number % 8]
             path.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: tensor.roll(number // 8, -1).contiguous() for name, tensor in tensors.items()}, path / WEIGHTS
-            )
-            config = {
-                "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
-                "r": rank,
-                "lora_alpha": rank,
-                "target_modules": list(kinds),
-                "base_model_name_or_path": model.config.name_or_path,
-            }
+            (path / WEIGHTS).write_bytes(header + np.roll(numbers, number // 8).tobytes())
+            config |= {"base_model_name_or_path": model.config.name_or_path}
             (path / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         tick()
     return made
+
+
+def _file(rank: int, kinds: Sequence[str], tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], bytes, Any]:
+    """The configuration of an adapter, the header of its file of weights, and the numbers after it."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": list(kinds),
+    }
+    content = save(tensors)
+    begin = 8 + int.from_bytes(content[:8], "little")  # the length of the header stands before it
+    return config, content[:begin], np.frombuffer(content, np.uint16, offset=begin)
 
 
 def _drawn(shapes: dict[str, Any], number: int, case: Case) -> tuple[int, Sequence[str], dict[str, torch.Tensor]]:

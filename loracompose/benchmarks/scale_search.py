@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from loracompose.benchmarks.scale_pool import Plan
 from loracompose.benchmarks.synthesis import Singles, draw_block
 from loracompose.retrieval.catalog import Catalog
-from loracompose.retrieval.embedding import INSTRUCTION, CallableEmbedder
+from loracompose.retrieval.embedding import INSTRUCTION, CallableEmbedder, whole
 from loracompose.retrieval.index import AdapterIndex
 from loracompose.retrieval.placement import CATALOG_FILE
+from loracompose.retrieval.scale.parts import WHOLE
 from loracompose.retrieval.scale.rows import Scaled
 from loracompose.retrieval.scale.scanning import best_of
 from loracompose.retrieval.scale.view import View
@@ -70,10 +71,11 @@ def search_pool(plan: Plan) -> dict[str, Any]:
 
 def exact_rows(view: View, vectors: Singles, count: int) -> NDArray[np.int64]:
     """Row ids of the nearest adapters of prompts, (n, count), by comparing with all under the current statistics."""
-    turned = np.stack([query.halves[0].vector for query in view.queries(vectors)])  # (n, D)
+    centred = view.version.parts[WHOLE].frame.centred(whole(vectors))
+    turned = np.stack([query.vector for query in view.metrics[WHOLE].turned(centred)])  # (n, D)
     best, ids = np.zeros((len(vectors), 0)), np.zeros((len(vectors), 0), dtype=np.int64)
     for places, means, squares in view.blocks():
-        scores = turned @ means.T - 0.5 * view.metrics[0].squares(Scaled.of(means), squares)
+        scores = turned @ means.T - 0.5 * view.metrics[WHOLE].squares(Scaled.of(means), squares)
         wide = np.broadcast_to(view.ids(places), scores.shape)
         best, ids = best_of(np.concatenate([best, scores], axis=1), np.concatenate([ids, wide], axis=1), count)
     return np.asarray(np.take_along_axis(ids, np.argsort(-best, axis=1), axis=1))

@@ -44,7 +44,7 @@ def tokens(text: str) -> list[str]:
 
 def ngram_keys(text: str) -> Keys:
     """Hashes of the distinct n-grams of a text, ascending."""
-    return np.unique(np.concatenate([keys for _, keys in _runs(text)]))
+    return np.unique(np.concatenate([keys for _, keys in ngram_runs(text)]))
 
 
 def ngram_texts(text: str) -> dict[int, str]:
@@ -52,7 +52,7 @@ def ngram_texts(text: str) -> dict[int, str]:
     words = [BEGIN, *tokens(text), END]
     return {
         int(key): " ".join(word for word in words[start : start + length] if word not in (BEGIN, END))
-        for length, keys in _runs(text)
+        for length, keys in ngram_runs(text)
         for start, key in enumerate(keys)
     }
 
@@ -179,7 +179,7 @@ def _length(keys: Keys) -> float:
     return float(max(len(keys), 1) ** EXPONENT)
 
 
-def _runs(text: str) -> list[tuple[int, Keys]]:
+def ngram_runs(text: str) -> list[tuple[int, Keys]]:
     """The hashes of all runs of each length, in their order."""
     words = np.array([_hash(word) for word in (BEGIN, *tokens(text), END)], dtype=np.uint64)
     runs, keys = [(1, words)], words

@@ -51,7 +51,7 @@ def shape(text: str) -> NDArray[np.float32]:
             part == part.lower(),
             _share(part, str.isdigit, 5),
             _share(part, str.isupper, 3),
-            _share(part, lambda letter: not letter.isascii(), 10),
+            0.0 if part.isascii() else _share(part, lambda letter: not letter.isascii(), 10),
             _within(part.count(","), 4),
             _within(part.count(":") + part.count(";"), 3),
             _within(part.count("("), 2),

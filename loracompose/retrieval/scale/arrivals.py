@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from loracompose.retrieval.scale.ledger import Profile
 from loracompose.retrieval.scale.metric import Singles
-from loracompose.retrieval.scale.version import HALVES, Version
+from loracompose.retrieval.scale.parts import WHOLE
+from loracompose.retrieval.scale.version import Version
 from loracompose.retrieval.scale.wordings import Wordings, read_wordings
 
 
@@ -20,33 +21,36 @@ class Arrivals:
 
     ids: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    means: tuple[Singles, Singles]
-    squares: tuple[Singles, Singles]
+    means: tuple[Singles, ...]
+    squares: tuple[Singles, ...]
     reduced: Singles
     wordings: tuple[Wordings, ...]
 
     @classmethod
     def none(cls, version: Version) -> Arrivals:
         """Of no adapter."""
-        empty, frame = np.zeros(0, dtype=np.int64), version.halves[0].frame
-        none = np.zeros((0, len(frame.centre)), dtype=np.float32)
-        reduced = np.zeros((0, frame.stored), dtype=np.float32)
-        return cls(empty, empty, (none, none), (none[:, 0], none[:, 0]), reduced, ())
+        empty, frames = np.zeros(0, dtype=np.int64), [part.frame for part in version.parts]
+        means = tuple(np.zeros((0, len(frame.centre)), dtype=np.float32) for frame in frames)
+        reduced = np.zeros((0, frames[WHOLE].stored), dtype=np.float32)
+        return cls(empty, empty, means, tuple(mine[:, 0] for mine in means), reduced, ())
 
     def with_profiles(self, version: Version, profiles: Sequence[Profile]) -> Arrivals:
         """With more adapters, at the end."""
         if not profiles:
             return self
-        means = np.stack([profile.embeddings.mean(axis=0, dtype=np.float64) for profile in profiles])
-        frames = [half.frame for half in version.halves]
-        centred = [(part(means) - frame.centre).astype(np.float32) for part, frame in zip(HALVES, frames, strict=True)]
+        frames = [part.frame for part in version.parts]
+        means = [
+            np.stack([own.mean(axis=0, dtype=np.float64) for own in groups])
+            for groups in zip(*(profile.parts for profile in profiles), strict=True)
+        ]
+        centred = [(mine - frame.centre).astype(np.float32) for mine, frame in zip(means, frames, strict=True)]
         squares = [frame.squares(mine) for frame, mine in zip(frames, centred, strict=True)]
         return Arrivals(
             np.concatenate([self.ids, [profile.id for profile in profiles]]),
             np.concatenate([self.sizes, [len(profile.embeddings) for profile in profiles]]),
             _extended(self.means, centred),
             _extended(self.squares, squares),
-            np.concatenate([self.reduced, frames[0].reduced(centred[0], squares[0])]),
+            np.concatenate([self.reduced, frames[WHOLE].reduced(centred[WHOLE], squares[WHOLE])]),
             (*self.wordings, *(read_wordings([profile.prompts]) for profile in profiles)),
         )
 
@@ -58,13 +62,12 @@ class Arrivals:
         return Arrivals(
             self.ids[kept],
             self.sizes[kept],
-            (self.means[0][kept], self.means[1][kept]),
-            (self.squares[0][kept], self.squares[1][kept]),
+            tuple(mine[kept] for mine in self.means),
+            tuple(mine[kept] for mine in self.squares),
             self.reduced[kept],
             tuple(self.wordings[row] for row in kept),
         )
 
 
-def _extended(old: tuple[Singles, Singles], new: Sequence[Singles]) -> tuple[Singles, Singles]:
-    first, second = (np.concatenate(pair) for pair in zip(old, new, strict=True))
-    return first, second
+def _extended(old: Sequence[Singles], new: Sequence[Singles]) -> tuple[Singles, ...]:
+    return tuple(np.concatenate(pair) for pair in zip(old, new, strict=True))

@@ -1,11 +1,11 @@
-"""The second pass of making a version: what is fitted, the frames of both halves, and the structure that is searched.
+"""The second pass of making a version: what is fitted, the frames of all parts, and the structure that is searched.
 
 Hyper-parameters are fitted on a sample of the pool, under the covariance of all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loracompose.retrieval.discriminant import Spectrum, Statistics
-from loracompose.retrieval.embedding import representation, whole
-from loracompose.retrieval.fitting import Fitted, Spectra, fit
+from loracompose.retrieval.embedding import representation
+from loracompose.retrieval.fitting import Fitted, Shaped, Spectra, fit
 from loracompose.retrieval.lexicon import Lexicon
 from loracompose.retrieval.scale.gathering import CancelledError, Gathered, spread
 from loracompose.retrieval.scale.ledger import Profile
 from loracompose.retrieval.scale.metric import Frame, Singles
-from loracompose.retrieval.scale.rows import Rows, file_digest
+from loracompose.retrieval.scale.parts import SHAPE, WHOLE
+from loracompose.retrieval.scale.rows import HeldRows, Rows, file_digest
 from loracompose.retrieval.scale.scanning import best_of
 from loracompose.retrieval.scale.statistics import Moments
 from loracompose.retrieval.scale.structure import NEAREST, Structure, build_structure, write_structure
 from loracompose.retrieval.scale.version import (
     EDGES,
-    HALVES,
     MEANS,
     NUMBERS,
+    SHAPES,
     VECTORS,
-    Half,
+    Part,
     file_of,
     notes_of,
     write_numbers,
@@ -47,27 +48,36 @@ _QUERIES = 256  # that recall is measured on
 def derive_files(home: Path, token: str, gathered: Gathered, cancelled: Callable[[], bool]) -> dict[str, str]:
     """Write the files of numbers and of vectors of a version whose means are written; returns their digests."""
     fitted, spectra = _fitted(gathered)
-    chosen = (fitted.shrinkage, fitted.spread), (fitted.edges_shrinkage, fitted.edges_spread)
-    halves = []
-    for number, kind in enumerate((MEANS, EDGES)):
-        rows = Rows(file_of(home, token, kind), len(gathered.centres[number]))
-        frame = _frame(gathered, number, (spectra.whole, spectra.edges)[number], *chosen[number])
-        if kind == MEANS:  # which faiss searches
+    chosen = (
+        (fitted.shrinkage, fitted.spread),
+        (fitted.edges_shrinkage, fitted.edges_spread),
+        (fitted.shape_shrinkage, fitted.shape_spread),
+    )
+    first, second = (
+        Rows(file_of(home, token, kind), len(centre))
+        for kind, centre in zip((MEANS, EDGES), gathered.centres, strict=False)
+    )
+    parts = []
+    for number, rows in enumerate((first, second, HeldRows(gathered.shapes))):
+        frame = _frame(gathered, number, spectra[number], *chosen[number])
+        if number == WHOLE:  # which faiss searches
             frame = replace(frame, directions=_directions(frame, rows))
-        parts = [frame.squares(block) for _, block in _watched(rows, cancelled)]
-        squares = np.concatenate([*parts, np.zeros(0, dtype=np.float32)])
-        halves.append(Half(frame, gathered.moments[number].scatter, rows, squares))
-    structure = _structure(halves[0], gathered.sample, cancelled)
+        found = [frame.squares(block) for _, block in _watched(rows, cancelled)]
+        squares = np.concatenate([*found, np.zeros(0, dtype=np.float32)])
+        parts.append(Part(frame, gathered.moments[number].scatter, rows, squares))
+    structure = _structure(parts[WHOLE], gathered.sample, cancelled)
     arrays: dict[str, NDArray[Any]] = {
         "ids": gathered.ids,
         "sizes": gathered.sizes.astype(np.int32),
         "starts": gathered.starts,
         "keys": gathered.frequencies.keys,
         "counts": gathered.frequencies.counts,
-        **halves[0].arrays(MEANS),
-        **halves[1].arrays(EDGES),
+        SHAPES: gathered.shapes,
+        **parts[0].arrays(MEANS),
+        **parts[1].arrays(EDGES),
+        **parts[2].arrays(SHAPES),
     }
-    notes = notes_of(gathered.position, halves, fitted, gathered.frequencies.examples, structure)
+    notes = notes_of(gathered.position, parts, fitted, gathered.frequencies.examples, structure)
     _, numbers = write_numbers(file_of(home, token, NUMBERS), arrays, notes)
     vectors = file_of(home, token, VECTORS)
     write_structure(structure, vectors)
@@ -75,7 +85,7 @@ def derive_files(home: Path, token: str, gathered: Gathered, cancelled: Callable
 
 
 def _frame(gathered: Gathered, number: int, spectrum: Spectrum, shrinkage: float, temperature: float) -> Frame:
-    """The frame of one half, as yet without the directions that faiss searches."""
+    """The frame of one part, as yet without the directions that faiss searches."""
     return Frame(
         centre=gathered.centres[number],
         whitening=spectrum.axes * spectrum.scale(shrinkage),
@@ -86,23 +96,26 @@ def _frame(gathered: Gathered, number: int, spectrum: Spectrum, shrinkage: float
     )
 
 
-def _fitted(gathered: Gathered) -> tuple[Fitted, Spectra]:
+def _fitted(gathered: Gathered) -> tuple[Fitted, list[Spectrum]]:
     """Everything chosen on the sample under the covariances of the whole pool; the pool's own choice if it is all."""
-    groups = [profile.embeddings for profile in gathered.sample]
-    spectra = Spectra(*(_spectrum(groups, half, state) for half, state in zip(HALVES, gathered.moments, strict=True)))
-    lexicon = Lexicon.of([profile.prompts for profile in gathered.sample])
-    means = np.stack([representation(group, str(id)) for id, group, _ in gathered.sample])
-    return fit(means, groups, spectra, lexicon), spectra
+    sample = gathered.sample
+    parts = zip(*(profile.parts for profile in sample), strict=True)
+    spectra = [_spectrum(groups, state) for groups, state in zip(parts, gathered.moments, strict=True)]
+    prompts = [profile.prompts for profile in sample]
+    means = np.stack([representation(profile.embeddings, str(profile.id)) for profile in sample])
+    shaped = Shaped(spectra[SHAPE], prompts)
+    examples = [profile.embeddings for profile in sample]
+    return fit(means, examples, Spectra(*spectra[:SHAPE]), Lexicon.of(prompts), shaped), spectra
 
 
-def _spectrum(groups: list[Singles], half: Callable[[Singles], Singles], state: Moments) -> Spectrum:
+def _spectrum(groups: Sequence[Singles], state: Moments) -> Spectrum:
     """The means of the sample under the covariance of the whole pool."""
-    statistics = Statistics.of([half(group) for group in groups], len(state.scatter))
+    statistics = Statistics.of(groups, len(state.scatter))
     share = statistics.freedom / max(state.freedom, 1)
     return replace(Spectrum.of(replace(statistics, scatter=state.scatter * share)), freedom=state.freedom)
 
 
-def _directions(frame: Frame, rows: Rows) -> Singles:
+def _directions(frame: Frame, rows: Rows | HeldRows) -> Singles:
     """Principal directions of the whitened means, in the space of the features, (D, d)."""
     white = frame.whitened(rows.take(spread(np.arange(len(rows)), _LEARNED)).rows)
     white -= white.mean(axis=0)
@@ -113,15 +126,15 @@ def _directions(frame: Frame, rows: Rows) -> Singles:
     return np.asarray(frame.whitening @ kept @ turn, dtype=np.float32)
 
 
-def _structure(half: Half, sample: list[Profile], cancelled: Callable[[], bool]) -> Structure:
-    frame, rows, squares = half.frame, half.means, half.squares
+def _structure(part: Part, sample: list[Profile], cancelled: Callable[[], bool]) -> Structure:
+    frame, rows, squares = part.frame, part.means, part.squares
 
     def blocks() -> Iterator[Singles]:
         for start, block in _watched(rows, cancelled):
             yield frame.reduced(block, squares[start : start + len(block)])
 
     trained = spread(np.arange(len(rows)), _TRAINED)
-    queries = frame.centred(_queries([whole(profile.embeddings) for profile in sample]))
+    queries = frame.centred(_queries([profile.parts[WHOLE] for profile in sample]))
     return build_structure(
         blocks,
         len(rows),
@@ -131,7 +144,7 @@ def _structure(half: Half, sample: list[Profile], cancelled: Callable[[], bool])
     )
 
 
-def nearest_rows(frame: Frame, rows: Rows, squares: Singles, queries: Singles) -> list[NDArray[np.int64]]:
+def nearest_rows(frame: Frame, rows: Rows | HeldRows, squares: Singles, queries: Singles) -> list[NDArray[np.int64]]:
     """The nearest adapters of centred queries by comparing with all, at the time of the version."""
     turned = queries @ frame.precision  # (n, D)
     best = np.full((len(queries), 0), 0.0)
@@ -161,7 +174,7 @@ def _queries(groups: list[Singles]) -> Singles:
     ).astype(np.float32)
 
 
-def _watched(rows: Rows, cancelled: Callable[[], bool]) -> Iterator[tuple[int, Singles]]:
+def _watched(rows: Rows | HeldRows, cancelled: Callable[[], bool]) -> Iterator[tuple[int, Singles]]:
     for start, block in rows.blocks():
         if cancelled():
             raise CancelledError("no longer wanted")

@@ -8,14 +8,15 @@ from loracompose.retrieval.catalog import Catalog
 from loracompose.retrieval.explanation import Explanation, explain_candidates
 from loracompose.retrieval.lexicon import Lexicon
 from loracompose.retrieval.scale.metric import Singles
+from loracompose.retrieval.scale.parts import parts_of
 from loracompose.retrieval.scale.searching import WORDED, channels
 from loracompose.retrieval.scale.view import View
 
 
 def explain_view(view: View, catalog: Catalog, features: Singles, prompt: str, k: int) -> Explanation:
     """As `explain`, among the candidates; n-grams are those that speak for an adapter against the other candidates."""
-    (query,) = view.queries(features)
-    (places,) = view.near([query])
+    (query,) = view.queries(parts_of(features, [prompt]))
+    places = view.near([query])[0].places
     fits = view.fits(query, places)
     places = places[np.argsort(-fits, kind="stable")[: max(WORDED, k)]]
     places = places[np.argsort(view.ids(places))]

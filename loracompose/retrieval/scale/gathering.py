@@ -5,28 +5,27 @@ From a version before, what stays is taken over: only what came and went since i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loracompose.retrieval.database import Database
-from loracompose.retrieval.embedding import edges, whole
 from loracompose.retrieval.scale import ledger
 from loracompose.retrieval.scale.ledger import Position, Profile
 from loracompose.retrieval.scale.metric import Singles
+from loracompose.retrieval.scale.parts import SHAPE, part_widths
 from loracompose.retrieval.scale.rows import FileWriter, packed
 from loracompose.retrieval.scale.statistics import Moments, moments
 from loracompose.retrieval.scale.version import COUNTS, EDGES, MEANS, WORDS, Version, file_of
 from loracompose.retrieval.scale.wordings import Frequencies, Wordings, read_wordings
+from loracompose.retrieval.shape import SHAPE_WIDTH
 
 _SAMPLE = 512  # adapters that hyper-parameters are fitted on
 _COUNTED = 4096  # adapters that n-grams are counted over
-
-T = TypeVar("T")
 
 
 class CancelledError(Exception):
@@ -35,15 +34,16 @@ class CancelledError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """What the pass over the pool leaves, beside the files of means and n-grams."""
+    """What the pass over the pool leaves, beside the files of means and n-grams; `shapes` (N, D) are centred means."""
 
     position: Position
     epoch: int
-    moments: tuple[Moments, Moments]
+    moments: tuple[Moments, ...]
     ids: NDArray[np.int64]
     sizes: NDArray[np.int64]
     starts: NDArray[np.int64]
-    centres: tuple[Singles, Singles]
+    centres: tuple[Singles, ...]
+    shapes: Singles
     sample: list[Profile]
     frequencies: Frequencies
 
@@ -51,7 +51,7 @@ class Gathered:
 class _Block(NamedTuple):
     ids: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    means: tuple[Singles, Singles]  # centred, of whole prompts and of edges
+    means: tuple[Singles, ...]  # centred, of each part
     wordings: Wordings
 
 
@@ -71,14 +71,16 @@ def gather(
         centres, state = _begun(previous, departed, sample, width)
         counted = spread(present, _COUNTED)
         files = {kind: FileWriter(file_of(home, token, kind)) for kind in (MEANS, EDGES, WORDS, COUNTS)}
-        sizes, lengths, known, examples = [], [], [], 0
+        sizes, lengths, known, shapes, examples = [], [], [], [], 0
         for block, change in _blocks(database, previous, present, centres, width):
             if cancelled():
                 raise CancelledError("no longer wanted")
-            state = state if change is None else (state[0].plus(change[0]), state[1].plus(change[1]))
+            if change is not None:
+                state = tuple(old.plus(new) for old, new in zip(state, change, strict=True))
             _write(files, block)
             sizes.append(block.sizes)
             lengths.append(block.wordings.lengths)
+            shapes.append(block.means[SHAPE])
             chosen = np.flatnonzero(np.isin(block.ids, counted))
             known.append(block.wordings.chosen(chosen.tolist()))
             examples += int(block.sizes[chosen].sum())
@@ -90,6 +92,7 @@ def gather(
         sizes=np.concatenate([*sizes, np.zeros(0, dtype=np.int64)]),
         starts=np.concatenate([[0], np.cumsum(np.concatenate([*lengths, np.zeros(0, dtype=np.int64)]))]),
         centres=centres,
+        shapes=np.concatenate([*shapes, np.zeros((0, SHAPE_WIDTH), dtype=np.float32)]),
         sample=sample,
         frequencies=Frequencies.of(Wordings.joined(known), examples),
     )
@@ -105,20 +108,22 @@ def spread(items: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 def _begun(
     previous: Version | None, departed: list[Profile], sample: list[Profile], width: int
-) -> tuple[tuple[Singles, Singles], tuple[Moments, Moments]]:
+) -> tuple[tuple[Singles, ...], tuple[Moments, ...]]:
     """The centres, and the moments of what stays of the version before."""
     if previous is None:
-        centres = _both(lambda half: _centre([half(profile.embeddings) for profile in sample], width // 2))
-        return centres, _both(lambda half: Moments.none(width // 2))
-    first, second = (Moments(half.scatter, half.frame.freedom) for half in previous.halves)
+        widths = part_widths(width)
+        groups = zip(*(profile.parts for profile in sample), strict=True) if sample else ((),) * len(widths)
+        centres = tuple(_centre(own, size) for own, size in zip(groups, widths, strict=True))
+        return centres, tuple(map(Moments.none, widths))
+    state = tuple(Moments(part.scatter, part.frame.freedom) for part in previous.parts)
     for gone in departed:
         if gone.id <= previous.position.adapter:
-            first, second = first.without(whole(gone.embeddings)), second.without(edges(gone.embeddings))
-    return (previous.halves[0].frame.centre, previous.halves[1].frame.centre), (first, second)
+            state = tuple(old.without(own) for old, own in zip(state, gone.parts, strict=True))
+    return tuple(part.frame.centre for part in previous.parts), state
 
 
 def _write(files: dict[str, FileWriter], block: _Block) -> None:
-    for kind, means in zip((MEANS, EDGES), block.means, strict=True):
+    for kind, means in zip((MEANS, EDGES), block.means, strict=False):  # of shapes there is no file
         files[kind].write(packed(means))
     files[WORDS].write(block.wordings.keys.astype("<u4").tobytes())
     files[COUNTS].write(block.wordings.counts.tobytes())
@@ -128,34 +133,28 @@ def _blocks(
     database: Database,
     previous: Version | None,
     present: NDArray[np.int64],
-    centres: tuple[Singles, Singles],
+    centres: tuple[Singles, ...],
     width: int,
-) -> Iterator[tuple[_Block, tuple[Moments, Moments] | None]]:
+) -> Iterator[tuple[_Block, tuple[Moments, ...] | None]]:
     """All adapters in the order of their row ids, and the moments of those that the version before lacks."""
     if previous is not None:
         stays = np.isin(previous.ids, present)
-        first, second = previous.halves
-        for (start, means), (_, ends) in zip(first.means.blocks(), second.means.blocks(), strict=True):
-            rows = start + np.flatnonzero(stays[start : start + len(means)])
-            kept = means[rows - start], ends[rows - start]
+        for blocks in zip(*(part.means.blocks() for part in previous.parts), strict=True):
+            start, count = blocks[0][0], len(blocks[0][1])
+            rows = start + np.flatnonzero(stays[start : start + count])
+            kept = tuple(means[rows - start] for _, means in blocks)
             yield _Block(previous.ids[rows], previous.sizes[rows], kept, previous.words.take(rows)), None
     after = 0 if previous is None else previous.position.adapter
     for profiles in ledger.profiles(database, after, width):
-        change, sizes, own = moments([whole(profile.embeddings) for profile in profiles])
-        change_edges, _, own_edges = moments([edges(profile.embeddings) for profile in profiles])
+        found = [moments(own) for own in zip(*(profile.parts for profile in profiles), strict=True)]
         ids = np.array([profile.id for profile in profiles], dtype=np.int64)
         wordings = read_wordings([profile.prompts for profile in profiles])
-        centred = (own - centres[0]).astype(np.float32), (own_edges - centres[1]).astype(np.float32)
-        yield _Block(ids, sizes, centred, wordings), (change, change_edges)
+        centred = tuple((means - centre).astype(np.float32) for (*_, means), centre in zip(found, centres, strict=True))
+        yield _Block(ids, found[0][1], centred, wordings), tuple(change for change, *_ in found)
 
 
-def _centre(groups: list[Singles], width: int) -> Singles:
+def _centre(groups: Sequence[Singles], width: int) -> Singles:
     if not groups:
         return np.zeros(width, dtype=np.float32)
     means = np.stack([group.mean(axis=0, dtype=np.float64) for group in groups])
     return np.asarray(means.mean(axis=0), dtype=np.float32)
-
-
-def _both(make: Callable[[Callable[[Singles], Singles]], T]) -> tuple[T, T]:
-    """Of whole prompts and of their edges."""
-    return make(whole), make(edges)

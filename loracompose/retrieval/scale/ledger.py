@@ -1,6 +1,6 @@
 """What a large pool keeps in the catalog's file: which version is current, and what went since.
 
-From the first version on a trigger keeps the embeddings of every adapter that goes, in the transaction in which it
+From the first version on a trigger keeps the examples of every adapter that goes, in the transaction in which it
 goes, whoever removes it. What came is in the catalog itself: its row id is higher than the version's. So the current
 statistics are always those of the version and of few rows, exactly, and adding or removing costs nothing more.
 """
@@ -8,15 +8,16 @@ statistics are always those of the version and of few rows, exactly, and adding 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loracompose.retrieval.database import Database
+from loracompose.retrieval.scale.parts import Parts, parts_of
 from loracompose.retrieval.tables import Settings, stored_embeddings
 
 _SCHEMA = (
@@ -24,14 +25,16 @@ _SCHEMA = (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     adapter INTEGER NOT NULL,
     position INTEGER NOT NULL,
+    prompt TEXT NOT NULL,
     embedding BLOB NOT NULL
 )""",
     "CREATE TABLE IF NOT EXISTS version (one INTEGER PRIMARY KEY CHECK (one = 1), record TEXT NOT NULL)",
     """CREATE TRIGGER IF NOT EXISTS departing BEFORE DELETE ON adapters BEGIN
-    INSERT INTO departures (adapter, position, embedding)
-    SELECT adapter, position, embedding FROM examples WHERE adapter = OLD.id ORDER BY position;
+    INSERT INTO departures (adapter, position, prompt, embedding)
+    SELECT adapter, position, prompt, embedding FROM examples WHERE adapter = OLD.id ORDER BY position;
 END""",
 )
+_OUTDATED = ("DROP TRIGGER IF EXISTS departing", "DROP TABLE IF EXISTS departures")
 _BLOCK = 512
 
 
@@ -52,11 +55,18 @@ class Position(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """One adapter: its row id, and the embeddings of its examples, (examples, width); its prompts where asked for."""
+    """One adapter: its row id; its examples' embeddings, (examples, width), and prompts; and their parts."""
 
     id: int
     embeddings: NDArray[np.float32]
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...]
+    parts: Parts
+
+    @classmethod
+    def of(cls, id: int, blobs: Sequence[bytes], prompts: Sequence[str], width: int) -> Profile:
+        """From what is stored of its examples."""
+        embeddings = stored_embeddings(blobs, width)
+        return cls(id, embeddings, tuple(prompts), parts_of(embeddings, prompts))
 
 
 def prepare(database: Database) -> None:
@@ -65,10 +75,12 @@ def prepare(database: Database) -> None:
     Raises:
         PermissionError: it was not, and the catalog cannot be written.
     """
-    if database.rows("SELECT 1 FROM sqlite_master WHERE name = 'departing'"):
+    prompts = database.rows("SELECT 1 FROM pragma_table_info('departures') WHERE name = 'prompt'")
+    if prompts and database.rows("SELECT 1 FROM sqlite_master WHERE name = 'departing'"):
         return
     with database.writing():
-        for statement in _SCHEMA:
+        # What another format kept without prompts belongs to a version that is made anew.
+        for statement in (*(() if prompts else _OUTDATED), *_SCHEMA):
             database.execute(statement)
 
 
@@ -87,7 +99,7 @@ def generation_and_record(database: Database) -> tuple[int, Record | None]:
 
 
 # Of a version's files. A record of another format has an epoch that no index has, so its version is made anew.
-FORMAT, OTHER_FORMAT = 2, -1
+FORMAT, OTHER_FORMAT = 3, -1
 
 
 @lru_cache(maxsize=16)
@@ -128,11 +140,8 @@ def departures(database: Database, after: int, width: int) -> list[Profile]:
     Raises:
         ValueError: what is stored of one is no embedding, so that nothing can be taken back exactly.
     """
-    query = "SELECT adapter, embedding FROM departures WHERE seq > ? ORDER BY seq"
-    groups: dict[int, list[bytes]] = {}
-    for adapter, embedding in database.rows(query, after):
-        groups.setdefault(adapter, []).append(embedding)
-    found = [Profile(id, stored_embeddings(blobs, width)) for id, blobs in groups.items()]
+    query = "SELECT adapter, embedding, prompt FROM departures WHERE seq > ? ORDER BY seq"
+    found = _profiles(database.rows(query, after), width)
     broken = [profile.id for profile in found if not np.isfinite(profile.embeddings).all()]
     if broken:
         raise ValueError(f"the adapter of row id {broken[0]} went with an embedding that is not finite")
@@ -162,9 +171,14 @@ def all_ids(database: Database) -> NDArray[np.int64]:
 
 def _select(database: Database, ids: Sequence[int], width: int) -> list[Profile]:
     query = "SELECT adapter, embedding, prompt FROM examples WHERE adapter BETWEEN ? AND ? ORDER BY adapter, position"
+    return _profiles(database.rows(query, ids[0], ids[-1]), width)
+
+
+def _profiles(rows: Iterable[Sequence[Any]], width: int) -> list[Profile]:
+    """Of rows of an adapter, an embedding and a prompt."""
     groups: dict[int, tuple[list[bytes], list[str]]] = {}
-    for adapter, embedding, prompt in database.rows(query, ids[0], ids[-1]):
+    for adapter, embedding, prompt in rows:
         blobs, prompts = groups.setdefault(adapter, ([], []))
         blobs.append(embedding)
         prompts.append(prompt)
-    return [Profile(id, stored_embeddings(blobs, width), tuple(prompts)) for id, (blobs, prompts) in groups.items()]
+    return [Profile.of(id, blobs, prompts, width) for id, (blobs, prompts) in groups.items()]

@@ -10,19 +10,17 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-_KEPT_BYTES = 64 << 20
-"""Pages of a mapped file that may stay in this process, of those that were asked for: the system maps some around them
-as well, up to seven times as many. Its cache keeps the others."""
+_MAPPED_BYTES = 256 << 20
+"""Size up to which a file is mapped, so that what was read of it stays. Of a larger one every piece is read anew, from
+the system's cache: as quick as mapping pages and giving them back, and none of it is memory of this process."""
 
-_PAGE = 4096
 _SPOTS, _SPOT_BYTES = 64, 1 << 16
 _LARGEST = 32767
 _SCALE = 2  # numbers of 16 bits that the scale of a row takes
@@ -51,33 +49,31 @@ class FileWriter:
         return self._digest.hexdigest()
 
 
-class MappedFile:
-    """A file that is read in places: mapped, with a bound on the pages that stay mapped.
+class StoredFile:
+    """A file that is read in places: mapped if it is not large, otherwise piece by piece.
 
-    An unlinked file stays readable until it is closed.
+    An unlinked file stays readable until it is closed, with the last reference to it.
     """
 
     def __init__(self, path: Path) -> None:
-        self.size = path.stat().st_size
-        self._touched = 0
-        self._lock = threading.Lock()
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_RANDOM)
+        self._file = path.open("rb", buffering=0)
+        self.size = os.fstat(self._file.fileno()).st_size
+        self.mapped: memoryview | None = None
+        if self.size > _MAPPED_BYTES:
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        elif self.size:
+            self.mapped = memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
+        else:
+            self.mapped = memoryview(b"")
 
-    @property
-    def content(self) -> memoryview:
-        """All bytes; what is read of them must be told by `touched`."""
-        return memoryview(b"" if self._map is None else self._map)
-
-    def touched(self, places: int, length: int) -> None:
-        """Count reads, so many of this length, and let pages go when they are too many."""
-        with self._lock:
-            self._touched += places * (-(-length // _PAGE) + 1) * _PAGE
-            if self._touched > _KEPT_BYTES and self._map is not None:
-                self._map.madvise(mmap.MADV_DONTNEED)  # of a file: they are read again from the system's cache
-                self._touched = 0
+    def pieces(self, starts: Sequence[int], ends: Sequence[int]) -> bytes:
+        """The bytes between these places, one piece after the other."""
+        cuts = zip(starts, ends, strict=True)
+        if self.mapped is not None:
+            return b"".join([self.mapped[start:end] for start, end in cuts])
+        file = self._file.fileno()
+        return b"".join([os.pread(file, end - start, start) for start, end in cuts])
 
 
 class Scaled(NamedTuple):
@@ -110,24 +106,48 @@ class Rows:
     """Rows of `width` numbers in a file, as `packed` made them."""
 
     def __init__(self, path: Path, width: int) -> None:
-        self._file = MappedFile(path)
-        self._rows = np.frombuffer(self._file.content, dtype="<i2").reshape(-1, _SCALE + width)
+        self._file = StoredFile(path)
+        self._numbers = _SCALE + width
+        self._mapped = None if self._file.mapped is None else self._shaped(self._file.mapped)
+
+    def __len__(self) -> int:
+        return self._file.size // (2 * self._numbers)
+
+    def take(self, rows: NDArray[np.int64]) -> Scaled:
+        """These rows."""
+        if self._mapped is not None:
+            return _unpacked(self._mapped.take(rows, axis=0))
+        starts = 2 * self._numbers * rows
+        return _unpacked(self._shaped(self._file.pieces(starts.tolist(), (starts + 2 * self._numbers).tolist())))
+
+    def blocks(self, size: int = 8192) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """All rows in their order, by blocks: the first row of each, and the block."""
+        length = 2 * self._numbers
+        for start in range(0, len(self), size):
+            end = min(start + size, len(self))
+            yield start, _unpacked(self._shaped(self._file.pieces([length * start], [length * end]))).rows
+
+    def _shaped(self, content: bytes | memoryview) -> NDArray[np.int16]:
+        return np.frombuffer(content, dtype="<i2").reshape(-1, self._numbers)
+
+
+class HeldRows:
+    """Rows of few numbers, all in memory, (n, width)."""
+
+    def __init__(self, rows: NDArray[np.float32]) -> None:
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def take(self, rows: NDArray[np.int64]) -> Scaled:
         """These rows."""
-        found: NDArray[np.int16] = np.take(self._rows, rows, axis=0)
-        self._file.touched(len(rows), found.itemsize * found.shape[1])
-        return _unpacked(found)
+        return Scaled.of(self._rows[rows])
 
     def blocks(self, size: int = 8192) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """All rows in their order, by blocks: the first row of each, and the block."""
+        """As `Rows.blocks`."""
         for start in range(0, len(self), size):
-            block = self._rows[start : start + size]
-            self._file.touched(1, block.nbytes)
-            yield start, _unpacked(block).rows
+            yield start, self._rows[start : start + size]
 
 
 def packed(rows: NDArray[np.floating]) -> bytes:

@@ -10,21 +10,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loracompose.retrieval.embedding import instructed
+from loracompose.retrieval.embedding import instructed, whole
 from loracompose.retrieval.filtering import Where
 from loracompose.retrieval.result import Retrieval
 from loracompose.retrieval.scale.allowed import Allowed
 from loracompose.retrieval.scale.metric import Singles
+from loracompose.retrieval.scale.parts import EDGE, SHAPE, WHOLE, parts_of
 from loracompose.retrieval.scale.rows import Scaled
 from loracompose.retrieval.scale.scanning import scan
 from loracompose.retrieval.scale.shelf import CardShelf
-from loracompose.retrieval.scale.view import Places, Query, View
+from loracompose.retrieval.scale.view import Near, Places, Query, View
 from loracompose.retrieval.scale.wordings import short_keys
 from loracompose.retrieval.scoring import Scoring
 from loracompose.retrieval.weighting import log_softmax, softmax_weights
 
 WORDED = 32
-"""Candidates whose edges and wording are looked at, the best by meaning."""
+"""Candidates whose edges, wording and shape are looked at, the best by meaning; whose meaning is compared in any case."""
 
 _WIDEST = 4096
 """Candidates beyond which comparing with all is simpler."""
@@ -49,7 +50,7 @@ class Request:
 
     @property
     def wanted(self) -> int:
-        """How many that may be found are compared: of the hybrid those that wording may still put first."""
+        """How many that may be found are compared: of the hybrid those that another channel may still put first."""
         return max(self.k, WORDED) if self.scoring == "hybrid" else self.k
 
 
@@ -68,34 +69,59 @@ def search_view(view: View, cards: CardShelf, prompts: Sequence[str], features: 
     if request.scoring == "mean":
         found = _by_means(view, features, request, allowed)
     else:
-        queries = view.queries(features)
+        parts = parts_of(features, prompts) if request.scoring == "hybrid" else (whole(features),)
+        queries = view.queries(parts)
         found = [
-            _by_fits(view, prompt, query, places, request, banned, allowed)
-            for prompt, query, places, banned in zip(
-                prompts, queries, view.near(queries), request.excluded, strict=True
-            )
+            _by_fits(view, prompt, query, near, request, banned, allowed)
+            for prompt, query, near, banned in zip(prompts, queries, view.near(queries), request.excluded, strict=True)
         ]
     return _retrieval(view, cards, found, request.scoring)
 
 
 def channels(view: View, prompt: str, query: Query, places: Places) -> tuple[NDArray[np.float64], ...]:
-    """What each channel adds to the fits of a prompt for the adapters in these places, each (C,)."""
-    parts = (view.fits(query, places), view.fits(query, places, 1), view.evidence(short_keys(prompt), places))
-    return tuple(weight * part for weight, part in zip(view.version.fitted.weights, parts, strict=True))
+    """What each channel adds to the fits of a prompt for the adapters in these places, each (C,), as `CHANNELS`."""
+    meaning = view.version.fitted.weights[0] * view.fits(query, places)
+    return meaning, *_others(view, prompt, query, places)
+
+
+def _others(view: View, prompt: str, query: Query, places: Places) -> tuple[NDArray[np.float64], ...]:
+    """All channels but the first."""
+    found = (
+        view.fits(query, places, EDGE),
+        view.evidence(short_keys(prompt), places),
+        view.fits(query, places, SHAPE),
+    )
+    return tuple(weight * part for weight, part in zip(view.version.fitted.weights[1:], found, strict=True))
 
 
 def _by_fits(
-    view: View, prompt: str, query: Query, places: Places, request: Request, banned: set[int], allowed: Allowed
+    view: View, prompt: str, query: Query, near: Near, request: Request, banned: set[int], allowed: Allowed
 ) -> Found:
-    if banned or not allowed.everything or len(places) < request.k:
-        places = _widened(view, query, places, request, banned, allowed)
-    places, fits = _scored(view, prompt, query, places, request, _open(view.ids(places), banned, allowed))
+    if banned or not allowed.everything or len(near.places) < request.k:
+        places = _widened(view, query, near.places, request, banned, allowed)
+        fits = view.fits(query, places)
+    else:
+        places, fits = view.nearest(query, near, max(request.k, WORDED))
+    if request.scoring == "hybrid":
+        kept = _best(fits, request.wanted, _open(view.ids(places), banned, allowed))
+        places = places[kept]
+        fits = view.version.fitted.weights[0] * fits[kept] + sum(_others(view, prompt, query, places))
     ids = view.ids(places)
     scores = log_softmax(fits[None])[0]
     rows = np.flatnonzero(_open(ids, banned, allowed))
     order = rows[np.lexsort((ids[rows], -scores[rows]))][: request.k]  # of equals the earlier adapter
     best = float(fits[rows].max()) if len(rows) else -np.inf
     return Found(ids[order], scores[order], best)
+
+
+def _best(fits: NDArray[np.float64], wanted: int, open_rows: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Of candidates the best by meaning, and as many as are wanted of those that may be found."""
+    order = np.argsort(-fits, kind="stable")
+    kept = order[:wanted]
+    if open_rows[kept].all():
+        return kept
+    enough = np.cumsum(open_rows[order]) <= wanted
+    return order[(np.arange(len(order)) < WORDED) | (open_rows[order] & enough)]
 
 
 def _widened(view: View, query: Query, places: Places, request: Request, banned: set[int], allowed: Allowed) -> Places:
@@ -105,7 +131,7 @@ def _widened(view: View, query: Query, places: Places, request: Request, banned:
     least = request.wanted + len(banned)
     if breadth.candidates < least:
         breadth = breadth.at_least(least)
-        places = view.near([query], breadth)[0]
+        places = view.near([query], breadth)[0].places
     while int(_open(view.ids(places), banned, allowed).sum()) < enough:
         if len(places) >= len(view):
             allowed.all()  # which says so where a key is unknown
@@ -115,7 +141,7 @@ def _widened(view: View, query: Query, places: Places, request: Request, banned:
             every = _exhaustive(view, query, allowed.all(), banned, request.wanted)
             # Beside the best of all: what may be found does not change the score of what is found.
             return np.union1d(places, every)
-        places = view.near([query], breadth)[0]
+        places = view.near([query], breadth)[0].places
     return places
 
 
@@ -125,30 +151,12 @@ def _open(ids: NDArray[np.int64], banned: set[int], allowed: Allowed) -> NDArray
     return passing & ~np.isin(ids, list(banned)) if banned else passing
 
 
-def _scored(
-    view: View, prompt: str, query: Query, places: Places, request: Request, open_ids: NDArray[np.bool_]
-) -> tuple[Places, NDArray[np.float64]]:
-    """Places of what is left, and its fits: for the hybrid those best by meaning, and as many as are asked for."""
-    fits = view.fits(query, places)
-    if request.scoring != "hybrid":
-        return places, fits
-    order = np.argsort(-fits, kind="stable")
-    kept = order[: request.wanted]
-    if not open_ids[kept].all():
-        enough = np.cumsum(open_ids[order]) <= request.wanted
-        kept = order[(np.arange(len(order)) < WORDED) | (open_ids[order] & enough)]
-    places = places[kept]
-    meaning, edge, wording = view.version.fitted.weights
-    others = edge * view.fits(query, places, 1) + wording * view.evidence(short_keys(prompt), places)
-    return places, meaning * fits[kept] + others
-
-
 def _exhaustive(view: View, query: Query, ids: NDArray[np.int64] | None, banned: set[int], k: int) -> Places:
     """Places of the candidates of one prompt by comparing with all that are allowed."""
     count = max(view.version.structure.breadth.candidates, k)
 
     def score(means: Singles, squares: Singles) -> NDArray[np.float64]:
-        return view.metrics[0].fits(query.halves[0], Scaled.of(means), squares)[None]
+        return view.metrics[WHOLE].fits(query.parts[WHOLE], Scaled.of(means), squares)[None]
 
     places, _ = scan(view, score, 1, ids, [banned], count)
     return places[0]
@@ -158,7 +166,7 @@ def _by_means(view: View, features: Singles, request: Request, allowed: Allowed)
     queries = instructed(features)
 
     def score(means: Singles, squares: Singles) -> NDArray[np.float64]:
-        under = _under(means + view.version.halves[0].frame.centre)
+        under = _under(means + view.version.parts[WHOLE].frame.centre)
         return np.asarray(queries @ (under / np.linalg.norm(under, axis=1, keepdims=True)).T, dtype=np.float64)
 
     places, scores = scan(view, score, len(queries), allowed.all(), request.excluded, request.k)

@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loracompose.retrieval.embedding import edges, whole
 from loracompose.retrieval.fitting import Fitted
 from loracompose.retrieval.scale.drift import Floats
 from loracompose.retrieval.scale.ledger import Position, Record
 from loracompose.retrieval.scale.metric import Frame
-from loracompose.retrieval.scale.rows import FileWriter, MappedFile, Rows, file_digest, spot_digest
+from loracompose.retrieval.scale.rows import FileWriter, HeldRows, Rows, StoredFile, file_digest, spot_digest
 from loracompose.retrieval.scale.structure import Breadth, Structure, read_structure
 from loracompose.retrieval.scale.wordings import Frequencies, WordingFile
 
 MEANS, EDGES, WORDS, COUNTS, VECTORS, NUMBERS = "means", "edges", "words", "counts", "faiss", "npz"
-HALVES = (whole, edges)
-"""The halves of features, in the order of `Version.halves`."""
+SHAPES = "shapes"  # no file of its own: few numbers an adapter, in memory
 
 KINDS = (MEANS, EDGES, WORDS, COUNTS, VECTORS, NUMBERS)
 PATTERNS = tuple(f"version-*.{kind}" for kind in KINDS)
@@ -34,8 +32,8 @@ _LOADED = (VECTORS, NUMBERS)  # read as a whole when a version is loaded; of the
 
 
 @dataclass(frozen=True, eq=False)
-class Half:
-    """One half of the features of N adapters, frozen.
+class Part:
+    """One of the parts (`parts.py`) of N adapters, frozen.
 
     `frame`; `scatter` (D, D), of the frame's freedom; `means` (N, D), centred; `squares` (N,) squared lengths of the
     whitened means.
@@ -43,7 +41,7 @@ class Half:
 
     frame: Frame
     scatter: Floats
-    means: Rows
+    means: Rows | HeldRows
     squares: NDArray[np.float32]
 
     def arrays(self, prefix: str) -> dict[str, NDArray[Any]]:
@@ -64,18 +62,20 @@ class Half:
         return {"freedom": frame.freedom, "shrinkage": frame.shrinkage, "temperature": frame.temperature}
 
     @classmethod
-    def loaded(cls, prefix: str, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any], path: Path) -> Half:
-        """From the file of numbers and that of the means."""
+    def loaded(
+        cls, prefix: str, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any], means: Rows | HeldRows
+    ) -> Part:
+        """From the file of numbers, and its means."""
         frame = Frame(arrays[prefix + "centre"], arrays[prefix + "whitening"], arrays[prefix + "directions"], **notes)
-        return cls(frame, arrays[prefix + "scatter"], Rows(path, len(frame.centre)), arrays[prefix + "squares"])
+        return cls(frame, arrays[prefix + "scatter"], means, arrays[prefix + "squares"])
 
 
 @dataclass(frozen=True, eq=False)
 class Version:
     """Everything frozen of the N adapters of one generation.
 
-    `ids` (N,) their row ids, ascending; `sizes` (N,) examples of each; `halves` what is kept of whole prompts, which
-    faiss searches, and of their edges, which rescores; `position` how far the version goes.
+    `ids` (N,) their row ids, ascending; `sizes` (N,) examples of each; `parts` what is kept of whole prompts, which
+    faiss searches, of their edges and of the shapes of their subjects, which rescore; `position` how far it goes.
     """
 
     token: str
@@ -83,7 +83,7 @@ class Version:
     position: Position
     ids: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    halves: tuple[Half, Half]
+    parts: tuple[Part, ...]
     fitted: Fitted
     frequencies: Frequencies
     structure: Structure
@@ -136,18 +136,22 @@ def load_version(home: Path, record: Record) -> Version:
     with np.load(file_of(home, record.token, NUMBERS), allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     notes = json.loads(arrays["notes"].tobytes())
-    first, second = (
-        Half.loaded(kind, arrays, note, file_of(home, record.token, kind))
-        for kind, note in zip((MEANS, EDGES), notes["halves"], strict=True)
-    )
-    words, counts = (MappedFile(file_of(home, record.token, kind)) for kind in (WORDS, COUNTS))
+    means = {
+        MEANS: Rows(file_of(home, record.token, MEANS), len(arrays[MEANS + "centre"])),
+        EDGES: Rows(file_of(home, record.token, EDGES), len(arrays[EDGES + "centre"])),
+        SHAPES: HeldRows(arrays[SHAPES]),
+    }
+    words, counts = (StoredFile(file_of(home, record.token, kind)) for kind in (WORDS, COUNTS))
     return Version(
         token=record.token,
         epoch=record.epoch,
         position=Position(*notes["position"]),
         ids=arrays["ids"],
         sizes=arrays["sizes"].astype(np.int64),
-        halves=(first, second),
+        parts=tuple(
+            Part.loaded(kind, arrays, note, rows)
+            for (kind, rows), note in zip(means.items(), notes["parts"], strict=True)
+        ),
         fitted=Fitted(**(notes["fitted"] | {"weights": tuple(notes["fitted"]["weights"])})),
         frequencies=Frequencies(arrays["keys"], arrays["counts"], notes["examples"]),
         structure=read_structure(notes["spec"], file_of(home, record.token, VECTORS), Breadth(**notes["breadth"])),
@@ -156,12 +160,12 @@ def load_version(home: Path, record: Record) -> Version:
 
 
 def notes_of(
-    position: Position, halves: Sequence[Half], fitted: Fitted, examples: int, structure: Structure
+    position: Position, parts: Sequence[Part], fitted: Fitted, examples: int, structure: Structure
 ) -> dict[str, Any]:
     """The plain values of a version, as `load_version` reads them."""
     return {
         "position": list(position),
-        "halves": [half.notes() for half in halves],
+        "parts": [part.notes() for part in parts],
         "fitted": asdict(fitted),
         "examples": examples,
         "spec": structure.spec,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,11 @@ from loracompose.retrieval.scale.arrivals import Arrivals
 from loracompose.retrieval.scale.drift import Drift
 from loracompose.retrieval.scale.ledger import Position, Profile
 from loracompose.retrieval.scale.metric import Metric, Singles, Turned
+from loracompose.retrieval.scale.parts import WHOLE
 from loracompose.retrieval.scale.rows import Scaled
 from loracompose.retrieval.scale.statistics import deviations
 from loracompose.retrieval.scale.structure import Breadth
-from loracompose.retrieval.scale.version import HALVES, Version
+from loracompose.retrieval.scale.version import Version
 from loracompose.retrieval.scale.wordings import Short, Wordings
 from loracompose.retrieval.scoring import Scoring
 from loracompose.retrieval.tables import Settings
@@ -26,15 +27,23 @@ Places = NDArray[np.int64]
 """Where adapters stand: a row of the version, or N plus a row of those that came since."""
 
 
+_FIRST = 3  # times as many as are wanted are scored exactly before the others are judged
 _TOGETHER = 1024  # changes that are added to the statistics at once: each time costs as much as a covariance
 
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """One prompt as a view compares it: its centred halves, ready, and reduced as faiss is asked for it, (stored,)."""
+    """One prompt as a view compares it: its centred parts, ready, and reduced as faiss is asked for it, (stored,)."""
 
-    halves: tuple[Turned, Turned]
+    parts: tuple[Turned, ...]
     reduced: Singles
+
+
+class Near(NamedTuple):
+    """Places of candidates of one prompt, nearest first, and their squared distances by reduced vectors, both (C,)."""
+
+    places: Places
+    gaps: Singles
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,16 +55,16 @@ class View:
     version: Version
     arrivals: Arrivals
     gone: NDArray[np.bool_]
-    drifts: tuple[Drift, Drift]
+    drifts: tuple[Drift, ...]
     position: Position
 
     @classmethod
     def of(cls, version: Version, generation: int, settings: Settings) -> View:
         """A version, and nothing since."""
-        frames = [half.frame for half in version.halves]
-        first, second = (Drift.none(len(frame.centre), frame.freedom, 1.0 - frame.shrinkage) for frame in frames)
+        frames = [part.frame for part in version.parts]
+        drifts = tuple(Drift.none(len(frame.centre), frame.freedom, 1.0 - frame.shrinkage) for frame in frames)
         gone = np.zeros(len(version.ids), dtype=np.bool_)
-        return cls(generation, settings, version, Arrivals.none(version), gone, (first, second), version.position)
+        return cls(generation, settings, version, Arrivals.none(version), gone, drifts, version.position)
 
     def moved(
         self, generation: int, position: Position, settings: Settings, came: Sequence[Profile], went: Sequence[Profile]
@@ -64,20 +73,20 @@ class View:
         gone, arrivals = self.gone, self.arrivals
         known = set(arrivals.ids.tolist())
         left = [profile for profile in went if profile.id in known or profile.id <= self.version.position.adapter]
-        first, second = (self._drift(number, came, left) for number in range(2))
+        drifts = tuple(self._drift(number, came, left) for number in range(len(self.drifts)))
         if left:
             ids = np.array([profile.id for profile in left], dtype=np.int64)
             gone = gone.copy()
             gone[self._rows(np.unique(ids))] = True
             arrivals = arrivals.without(set(ids.tolist()))
         arrivals = arrivals.with_profiles(self.version, came)
-        return View(generation, settings, self.version, arrivals, gone, (first, second), position)
+        return View(generation, settings, self.version, arrivals, gone, drifts, position)
 
     def _drift(self, number: int, came: Sequence[Profile], left: Sequence[Profile]) -> Drift:
-        drift, frame, part = self.drifts[number], self.version.halves[number].frame, HALVES[number]
+        drift, frame = self.drifts[number], self.version.parts[number].frame
         for sign, profiles in ((1, came), (-1, left)):
             for start in range(0, len(profiles), _TOGETHER):
-                groups = [part(profile.embeddings) for profile in profiles[start : start + _TOGETHER]]
+                groups = [profile.parts[number] for profile in profiles[start : start + _TOGETHER]]
                 rows = np.concatenate([deviations(group) for group in groups])
                 drift = drift.moved(frame.whitened(rows), len(rows) - len(groups), sign)
         return drift
@@ -90,12 +99,9 @@ class View:
         return int(self.gone.sum())
 
     @cached_property
-    def metrics(self) -> tuple[Metric, Metric]:
-        """The metrics of the current statistics, of whole prompts and of their edges."""
-        first, second = (
-            Metric.of(half.frame, drift) for half, drift in zip(self.version.halves, self.drifts, strict=True)
-        )
-        return first, second
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics of the current statistics, one a part."""
+        return tuple(Metric.of(part.frame, drift) for part, drift in zip(self.version.parts, self.drifts, strict=True))
 
     def temperature(self, scoring: Scoring) -> float:
         """As `Snapshot.temperature`."""
@@ -111,52 +117,67 @@ class View:
         """Adapters that came or went since the version."""
         return len(self.arrivals.ids) + self._departed
 
-    def queries(self, features: Singles) -> list[Query]:
-        """Prompts, given by their features, (n, width), as this view compares them."""
-        centred = [half.frame.centred(part(features)) for half, part in zip(self.version.halves, HALVES, strict=True)]
-        first, second = (metric.turned(part) for metric, part in zip(self.metrics, centred, strict=True))
-        reduced = self.version.halves[0].frame.queries(centred[0])  # (n, stored)
-        return [Query((one, other), row) for one, other, row in zip(first, second, reduced, strict=True)]
+    def queries(self, parts: Sequence[Singles]) -> list[Query]:
+        """Prompts as this view compares them, given by their parts, each (n, D); of no more parts than are compared."""
+        centred = [known.frame.centred(part) for known, part in zip(self.version.parts, parts, strict=False)]
+        turned = [metric.turned(part) for metric, part in zip(self.metrics, centred, strict=False)]
+        reduced = self.version.parts[WHOLE].frame.queries(centred[WHOLE])  # (n, stored)
+        return [Query(tuple(own), row) for *own, row in zip(*turned, reduced, strict=True)]
 
-    def near(self, queries: Sequence[Query], breadth: Breadth | None = None) -> list[Places]:
-        """For each prompt the places of candidates: the nearest by reduced vectors, nearest first."""
+    def near(self, queries: Sequence[Query], breadth: Breadth | None = None) -> list[Near]:
+        """For each prompt candidates: the nearest by reduced vectors."""
         wanted = self.version.structure.breadth if breadth is None else breadth
         asked = np.stack([query.reduced for query in queries])
         rows, distances = self.version.structure.near(asked, wanted)  # (n, candidates) each
-        found = []
-        for query, near, gaps in zip(queries, rows, distances, strict=True):
-            kept = near >= 0
-            if self._departed:
-                kept[kept] = ~self.gone[near[kept]]
-            if not kept.all():
-                near, gaps = near[kept], gaps[kept]
-            found.append(self._with_arrivals(query, near, gaps, wanted.candidates))
-        return found
-
-    def _with_arrivals(self, query: Query, rows: Places, distances: Singles, count: int) -> Places:
+        kept = rows >= 0
+        if self._departed:
+            kept &= ~self.gone[rows]
+        found = [Near(*one) for one in zip(rows, distances, strict=True)]
+        if not kept.all():
+            found = [Near(places[known], gaps[known]) for (places, gaps), known in zip(found, kept, strict=True)]
         if not len(self.arrivals.ids):
-            return rows
-        reduced = query.reduced
-        later = self.arrivals.squares[0] - 2.0 * (self.arrivals.reduced @ reduced) + reduced @ reduced
-        places = np.concatenate([rows, len(self.gone) + np.arange(len(later))])
-        order = np.argsort(np.concatenate([distances, later]), kind="stable")
-        return np.asarray(places[order[:count]])
+            return found
+        return [self._with_arrivals(*one, wanted.candidates) for one in zip(queries, found, strict=True)]
 
-    def fits(self, query: Query, places: Places, number: int = 0) -> NDArray[np.float64]:
-        """How well half a prompt fits the adapters in these places, exactly, (C,).
+    def _with_arrivals(self, query: Query, near: Near, count: int) -> Near:
+        reduced = query.reduced
+        later = self.arrivals.squares[WHOLE] - 2.0 * (self.arrivals.reduced @ reduced) + reduced @ reduced
+        places = np.concatenate([near.places, len(self.gone) + np.arange(len(later))])
+        gaps = np.concatenate([near.gaps, later])
+        order = np.argsort(gaps, kind="stable")[:count]
+        return Near(places[order], gaps[order])
+
+    def nearest(self, query: Query, near: Near, wanted: int) -> tuple[Places, NDArray[np.float64]]:
+        """Candidates of a prompt with their exact fits, both (C',): all that may be among the best so many.
+
+        How far reduced distances are from exact ones is seen on the nearest; candidates that are farther than the
+        wanted one by more than three standard deviations of that are left out.
+        """
+        first = _FIRST * wanted
+        fits = self.fits(query, near.places[:first])
+        if len(near.places) <= first:
+            return near.places, fits
+        exact = -2.0 * self.version.parts[WHOLE].frame.temperature * fits
+        errors = exact - near.gaps[:first]
+        farthest = np.partition(exact, wanted - 1)[wanted - 1] - errors.mean() + 3.0 * errors.std()
+        count = max(int(np.searchsorted(near.gaps, farthest, side="right")), first)
+        return near.places[:count], np.concatenate([fits, self.fits(query, near.places[first:count])])
+
+    def fits(self, query: Query, places: Places, number: int = WHOLE) -> NDArray[np.float64]:
+        """How well a part of a prompt fits the adapters in these places, exactly, (C,).
 
         Args:
             query: the prompt.
             places: of the adapters.
-            number: 0 for whole prompts, 1 for their edges.
+            number: of the part.
         """
-        half, metric, arrivals = self.version.halves[number], self.metrics[number], self.arrivals
+        part, metric, arrivals = self.version.parts[number], self.metrics[number], self.arrivals
         early, late = self._parted(places)
         if late is None:
-            return metric.fits(query.halves[number], half.means.take(places), half.squares[places])
-        means = half.means.take(early).and_then(Scaled.of(arrivals.means[number][late]))
-        squares = np.concatenate([half.squares[early], arrivals.squares[number][late]])
-        return np.asarray(self._joined(places, metric.fits(query.halves[number], means, squares)))
+            return metric.fits(query.parts[number], part.means.take(places), part.squares[places])
+        means = part.means.take(early).and_then(Scaled.of(arrivals.means[number][late]))
+        squares = np.concatenate([part.squares[early], arrivals.squares[number][late]])
+        return np.asarray(self._joined(places, metric.fits(query.parts[number], means, squares)))
 
     def evidence(self, keys: Short, places: Places) -> NDArray[np.float64]:
         """Evidence of a prompt, given by its short keys, for the adapters in these places, (C,)."""
@@ -183,13 +204,13 @@ class View:
 
     def blocks(self) -> Iterator[tuple[Places, Singles, Singles]]:
         """All adapters by blocks: places, and of whole prompts the centred means and their squares."""
-        half = self.version.halves[0]
-        for start, means in half.means.blocks():
+        part = self.version.parts[WHOLE]
+        for start, means in part.means.blocks():
             rows = start + np.flatnonzero(~self.gone[start : start + len(means)])
-            yield rows, means[rows - start], half.squares[rows]
+            yield rows, means[rows - start], part.squares[rows]
         if len(self.arrivals.ids):
             later = len(self.gone) + np.arange(len(self.arrivals.ids))
-            yield later, self.arrivals.means[0], self.arrivals.squares[0]
+            yield later, self.arrivals.means[WHOLE], self.arrivals.squares[WHOLE]
 
     def _gathered(self, places: Places, early: NDArray[np.int64], late: NDArray[np.int64]) -> NDArray[np.int64]:
         """What stands in these places, (C,), of numbers of the version and of what came since."""

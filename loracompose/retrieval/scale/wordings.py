@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loracompose.retrieval.lexicon import EXPONENT, PSEUDO_COUNT, ngram_keys
-from loracompose.retrieval.scale.rows import MappedFile
+from loracompose.retrieval.lexicon import EXPONENT, PSEUDO_COUNT, ngram_runs
+from loracompose.retrieval.scale.rows import StoredFile
 
 Short = NDArray[np.uint32]
 Floats = NDArray[np.float64]
 
 TABLE_SIZE = 1 << 20
 _MANY = 255
-_BITS = 1 << 16
+_MARKS = 1 << 13
+_REST = 12  # of the 32 bits of a key those that do not lead
 
 
 class Wordings(NamedTuple):
@@ -66,32 +68,24 @@ def read_wordings(adapters: Sequence[Sequence[str]]) -> Wordings:
 
 def short_keys(text: str) -> Short:
     """The lower 32 bits of the keys of a text's distinct n-grams, ascending."""
-    keys = np.sort(ngram_keys(text).astype(np.uint32))
-    return (
-        np.unique(keys) if (keys[1:] == keys[:-1]).any() else keys
-    )  # hardly ever are there two of the same lower bits
+    keys = np.sort(np.concatenate([keys for _, keys in ngram_runs(text)]).astype(np.uint32))
+    first = np.ones(len(keys), dtype=np.bool_)
+    np.not_equal(keys[1:], keys[:-1], out=first[1:])
+    return keys[first]
 
 
 class WordingFile:
     """The n-grams of the adapters of a version, in its order; `starts` (N + 1,) of each adapter."""
 
-    def __init__(self, keys: MappedFile, counts: MappedFile, starts: NDArray[np.int64]) -> None:
-        self._files = keys, counts
-        self._keys = np.frombuffer(keys.content, dtype="<u4")
-        self._counts = np.frombuffer(counts.content, dtype=np.uint8)
-        self._starts = starts
+    def __init__(self, keys: StoredFile, counts: StoredFile, starts: NDArray[np.int64]) -> None:
+        self._keys, self._counts, self._starts = keys, counts, starts
 
     def take(self, rows: NDArray[np.int64]) -> Wordings:
         """Those of the adapters in these rows."""
         begins, ends = self._starts[rows], self._starts[rows + 1]
-        cuts = [slice(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
-        if not cuts:
-            return Wordings.joined([])
-        keys = np.concatenate([self._keys[cut] for cut in cuts])
-        counts = np.concatenate([self._counts[cut] for cut in cuts])
-        for file, each in zip(self._files, (4, 1), strict=True):
-            file.touched(len(cuts), each * len(keys) // len(cuts))
-        return Wordings(keys, counts, ends - begins)
+        keys = self._keys.pieces((4 * begins).tolist(), (4 * ends).tolist())
+        counts = self._counts.pieces(begins.tolist(), ends.tolist())
+        return Wordings(np.frombuffer(keys, dtype="<u4"), np.frombuffer(counts, dtype=np.uint8), ends - begins)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +108,24 @@ class Frequencies:
         """Share of the prompts with each n-gram, at least one of them; and whether the table has it."""
         if not len(self.keys):
             return np.full(len(keys), 1.0 / self.examples), np.zeros(len(keys), dtype=np.bool_)
-        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        known = self.keys[place] == keys
-        return np.where(known, self.counts[place], 1.0) / self.examples, known
+        starts = self._starts[keys >> _REST]
+        places = starts[:, None] + np.arange(self._longest)  # (n, longest)
+        same = self.keys.take(places, mode="clip") == keys[:, None]
+        known = same.any(axis=1)
+        counts = self.counts[starts[known] + same[known].argmax(axis=1)]
+        shares = np.ones(len(keys))
+        shares[known] = counts
+        return shares / self.examples, known
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int32]:
+        """Where the keys of each value of the leading bits start: a binary search would miss the cache at each step."""
+        return np.searchsorted(self.keys, np.arange(1 << (32 - _REST), dtype=np.uint64) << _REST).astype(np.int32)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Most keys of one value of the leading bits."""
+        return int(np.bincount(self.keys >> _REST).max())
 
     def evidence(self, keys: Short, wordings: Wordings, sizes: NDArray[np.int64]) -> Floats:
         """`Lexicon.scores` of a prompt for some adapters, (C,).
@@ -140,9 +149,9 @@ def _found(keys: Short, wordings: Wordings) -> tuple[NDArray[np.int64], Floats, 
     if not len(keys) or not len(wordings.keys):
         nothing = np.zeros(0, dtype=np.int64)
         return nothing, np.zeros(0), nothing
-    marked = np.zeros(_BITS, dtype=np.bool_)  # of the many most are told apart by their lower bits
-    marked[keys & (_BITS - 1)] = True
-    likely = np.flatnonzero(marked[wordings.keys & (_BITS - 1)])
+    marked = np.zeros(_MARKS, dtype=np.bool_)  # of the many most are told apart by their lower bits
+    marked[keys & (_MARKS - 1)] = True
+    likely = np.flatnonzero(marked.take(np.bitwise_and(wordings.keys, _MARKS - 1, dtype=np.int64), mode="clip"))
     place = np.minimum(np.searchsorted(keys, wordings.keys[likely]), len(keys) - 1)
     same = keys[place] == wordings.keys[likely]
     hits, place = likely[same], place[same]

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import numpy as np
 
 from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog, Settings
-from loracompose.retrieval.discriminant import Spectrum
 from loracompose.retrieval.embedding import CallableEmbedder, features
-from loracompose.retrieval.fitting import Spectra, fit
 from loracompose.retrieval.index import AdapterIndex
 from loracompose.retrieval.placement import CATALOG_FILE
-from loracompose.retrieval.snapshot import all_vectors
 
 DIMENSION = 12
 WORDS = [f"w{number}" for number in range(60)]
@@ -58,16 +54,6 @@ def make_index(folder, seeds, *, exact_limit, **settings):
         for seed in seeds:
             enter(catalog, seed)
     return AdapterIndex(folder, catalog, EMBEDDER)
-
-
-def without_shapes(index):
-    """A small index that compares by the channels that large pools have."""
-    snapshot = index._current()
-    spectra = Spectra(*map(Spectrum.of, snapshot.statistics[:2]))
-    fitted = fit(all_vectors(snapshot.vectors), snapshot.examples, spectra, snapshot.hybrid.lexicon)
-    hybrid = replace(snapshot.hybrid, weights=(*fitted.weights, 0.0))
-    index._snapshot = replace(snapshot, fitted=fitted, hybrid=hybrid)
-    return index
 
 
 PROMPTS = [texts(seed, 1)[0] for seed in (3, 11, 1001, 1002)]

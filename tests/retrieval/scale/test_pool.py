@@ -17,13 +17,13 @@ from loracompose.retrieval.database import Database
 from loracompose.retrieval.embedding import features, whole
 from loracompose.retrieval.scale import gathering, making
 from loracompose.retrieval.scale.gathering import CancelledError
-from loracompose.retrieval.scale.ledger import Profile, generation_and_record
+from loracompose.retrieval.scale.ledger import generation_and_record
 from loracompose.retrieval.scale.making import make_version
 from loracompose.retrieval.scale.pool import Bound, LargePool
 from loracompose.retrieval.scale.structure import Breadth
 from loracompose.retrieval.scale.version import KINDS, file_of, load_version
 from loracompose.retrieval.weighting import log_softmax
-from tests.retrieval.scale.material import EMBEDDER, PROMPTS, card, enter, make_index, without_shapes
+from tests.retrieval.scale.material import EMBEDDER, PROMPTS, card, enter, make_index
 
 ALL = 100
 
@@ -33,7 +33,7 @@ def large(tmp_path, seeds=range(30), name="large"):
 
 
 def small(tmp_path, seeds=range(30), name="small"):
-    return without_shapes(make_index(tmp_path / name, seeds, exact_limit=1000))
+    return make_index(tmp_path / name, seeds, exact_limit=1000)
 
 
 def assert_same(found, expected):
@@ -45,14 +45,14 @@ def assert_same(found, expected):
 def by_definition(index):
     """Scores of all adapters for PROMPTS, from the catalog alone, under the frozen covariance and what changed it."""
     view = index._large.view()
-    half, drift = view.version.halves[0], view.drifts[0]
-    frame = half.frame
+    part, drift = view.version.parts[0], view.drifts[0]
+    frame = part.frame
     entries = index.catalog.entries()
     groups = [whole(index.catalog.embeddings(entry.id)).astype(np.float64) for entry in entries]
     scatter = sum((group - group.mean(axis=0)).T @ (group - group.mean(axis=0)) for group in groups)
     frozen = np.linalg.inv(frame.whitening @ frame.whitening.T)
     weight = 1 - frame.shrinkage
-    base = frame.freedom * frozen + weight * (scatter - half.scatter)
+    base = frame.freedom * frozen + weight * (scatter - part.scatter)
     inverse = np.linalg.inv(base / (frame.freedom + weight * drift.freedom))
     means = np.stack([group.mean(axis=0) for group in groups])
     gaps = whole(features(EMBEDDER, PROMPTS, view.settings))[:, None] - means
@@ -127,10 +127,10 @@ def test_what_came_is_a_candidate_by_its_distance_as_what_was_there_is(tmp_path)
             enter(index.catalog, seed)
         view = index._large.view()
         prompts = [card(seed).examples[0] for seed in (99, 7, 98)]
-        queries = view.queries(features(EMBEDDER, prompts, view.settings))
+        queries = view.queries([whole(features(EMBEDDER, prompts, view.settings))])
         nearest = [int(view.fits(query, np.arange(33)).argmax()) for query in queries]
         assert nearest == [32, 7, 31]
-        assert [places.tolist() for places in view.near(queries, Breadth(1, 1))] == [[place] for place in nearest]
+        assert [near.places.tolist() for near in view.near(queries, Breadth(1, 1))] == [[place] for place in nearest]
 
 
 @pytest.mark.parametrize("sample", [512, 8])
@@ -152,11 +152,11 @@ def test_a_version_made_from_the_one_before_is_one_made_from_the_catalog(tmp_pat
         assert one.ids.tolist() == other.ids.tolist() == index.catalog.ids()
         assert one.sizes.tolist() == other.sizes.tolist()
         rows = np.arange(len(one.ids))
-        for mine, theirs in zip(one.halves, other.halves, strict=True):
+        for mine, theirs in zip(one.parts, other.parts, strict=True):
             assert mine.frame.freedom == theirs.frame.freedom
             np.testing.assert_allclose(mine.scatter, theirs.scatter, atol=1e-5)
             np.testing.assert_allclose(mine.frame.precision, theirs.frame.precision, rtol=1e-3, atol=1e-3)
-            means = [half.means.take(rows).rows + half.frame.centre for half in (mine, theirs)]
+            means = [part.means.take(rows).rows + part.frame.centre for part in (mine, theirs)]
             np.testing.assert_allclose(*means, atol=1e-4)
         for mine, theirs in zip(one.words.take(rows), other.words.take(rows), strict=True):
             np.testing.assert_array_equal(mine, theirs)
@@ -175,12 +175,12 @@ def test_rewhitening_behind_the_searches_changes_no_result_beyond_what_the_choic
         fresh = pool.current()
         assert fresh.version is not first.version
         assert (fresh.changed, len(fresh)) == (0, 33)
-        given = features(EMBEDDER, PROMPTS[:1], fresh.settings)
+        given = [whole(features(EMBEDDER, PROMPTS[:1], fresh.settings))]
         places = [view.places(fresh.version.ids) for view in (drifted, fresh)]
         old, new = (
             view.fits(view.queries(given)[0], place) for view, place in zip((drifted, fresh), places, strict=True)
         )
-        old, new = (view.version.halves[0].frame.temperature * fit for view, fit in ((drifted, old), (fresh, new)))
+        old, new = (view.version.parts[0].frame.temperature * fit for view, fit in ((drifted, old), (fresh, new)))
         assert np.corrcoef(old, new)[0, 1] > 0.99
         assert old.argmax() == new.argmax()
         pool.close()
@@ -379,7 +379,6 @@ def test_a_departure_keeps_the_embeddings_of_what_went_until_a_version_knows_it(
         )
         make_version(Database.open(index.catalog.path), index.folder, pool.current().version)
         assert database.rows("SELECT count(*) FROM departures") == [(0,)]
-        assert isinstance(Profile(1, kept), Profile)
         pool.close()
 
 

@@ -16,7 +16,7 @@ from loracompose.retrieval.scale import making
 from loracompose.retrieval.scale.making import make_version
 from loracompose.retrieval.scale.pool import LargePool
 from loracompose.retrieval.scale.version import load_version
-from tests.retrieval.scale.material import EMBEDDER, PROMPTS, card, enter, make_index, texts, without_shapes
+from tests.retrieval.scale.material import EMBEDDER, PROMPTS, card, enter, make_index, texts
 
 TURNED = CallableEmbedder(lambda texts: EMBEDDER(texts)[:, ::-1] * np.linspace(1, 3, 12), "turned", "1")
 
@@ -36,7 +36,7 @@ def test_a_version_made_from_one_that_is_not_current_any_more_has_the_exact_stat
         again = load_version(index.folder, make_version(database, index.folder, first))
         fresh = load_version(index.folder, make_version(database, index.folder))
         database.close()
-    for mine, expected in zip(again.halves, fresh.halves, strict=True):
+    for mine, expected in zip(again.parts, fresh.parts, strict=True):
         assert mine.frame.freedom == expected.frame.freedom
         np.testing.assert_allclose(mine.scatter, expected.scatter, atol=1e-4)
 
@@ -152,8 +152,7 @@ def test_a_narrow_filter_ranks_by_all_channels_in_a_large_pool_too(tmp_path, mon
     keep = {card(seed).name for seed in range(0, 120, 12)}
     prompts = [texts(seed, 1)[0] for seed in range(1000, 1040)]
     with large(tmp_path, range(120)) as one, make_index(tmp_path / "small", range(120), exact_limit=1000) as other:
-        both = (one, without_shapes(other))
-        mine, expected = (index.search(prompts, 1, where=lambda found: found.name in keep) for index in both)
+        mine, expected = (index.search(prompts, 1, where=lambda found: found.name in keep) for index in (one, other))
     for row in range(len(prompts)):
         assert mine.for_prompt(row)[0].card == expected.for_prompt(row)[0].card
 
@@ -191,7 +190,7 @@ def test_a_pool_that_shrinks_to_half_of_what_is_large_keeps_no_departures_and_ma
         for seed in range(1, 9):
             enter(index.catalog, seed)
         assert len(index._large.view()) == 9
-        found, expected = index.search(PROMPTS, 9), without_shapes(other).search(PROMPTS, 9)
+        found, expected = index.search(PROMPTS, 9), other.search(PROMPTS, 9)
         np.testing.assert_allclose(found.scores, expected.scores, atol=1e-3)
         index.remove(card(1).name)
         assert departures() == 4

@@ -7,7 +7,7 @@ import pytest
 
 from loracompose.retrieval.lexicon import Lexicon, ngram_keys
 from loracompose.retrieval.scale import wordings
-from loracompose.retrieval.scale.rows import MappedFile
+from loracompose.retrieval.scale.rows import StoredFile
 from loracompose.retrieval.scale.wordings import Frequencies, WordingFile, Wordings, read_wordings, short_keys
 from tests.retrieval.scale.material import texts
 
@@ -47,7 +47,7 @@ def test_wordings_come_back_from_their_file(tmp_path):
     (tmp_path / "words").write_bytes(every.keys.tobytes())
     (tmp_path / "counts").write_bytes(every.counts.tobytes())
     starts = np.concatenate([[0], np.cumsum(every.lengths)])
-    file = WordingFile(MappedFile(tmp_path / "words"), MappedFile(tmp_path / "counts"), starts)
+    file = WordingFile(StoredFile(tmp_path / "words"), StoredFile(tmp_path / "counts"), starts)
     for found, expected in zip(file.take(np.array([5, 0, 11])), every.chosen([5, 0, 11]), strict=True):
         np.testing.assert_array_equal(found, expected)
 

@@ -38,7 +38,7 @@ def _line(pool: Mapping[str, Any]) -> str:
         _short(pool["open_s"]),
         _short((pool["insert_cpu_s"] + pool["derive_cpu_s"]) / 60),
         _short(sum(pool["bytes"].values()) / 1e9),
-        f"{pool['memory_mib']['peak']:,.0f}",
+        f"{pool['memory_after_adding_mib']['peak']:,.0f}",
     ]
     return "| " + " | ".join(cells) + " |"
 

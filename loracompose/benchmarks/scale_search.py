@@ -57,6 +57,7 @@ def search_pool(plan: Plan) -> dict[str, Any]:
         found["add_imports_ms"] = _milliseconds(_import_what_adding_needs)[0]
         changed = _Changing(index, plan)
         found |= changed.added()
+        found["memory_after_adding_mib"] = _status_mib()
         view = index._large.view()
         if view is not None:
             found["after_adding"] = {
@@ -205,7 +206,11 @@ def _milliseconds(action: Callable[[], object]) -> tuple[float, float]:
 
 
 def _status_mib() -> dict[str, float]:
-    """Memory of this process: peak and present, its own and that of mapped files, in MiB; empty where unknown."""
+    """Memory of this process, in MiB; empty where unknown.
+
+    `peak` and `present` count everything, `own` of it what belongs to the process alone, and `mapped` the parts of
+    files that it maps, which the system may take back and which processes share.
+    """
     status = Path("/proc/self/status")
     if not status.is_file():
         return {}

@@ -24,7 +24,7 @@ from loracompose.retrieval.weighting import log_softmax
 Floats = NDArray[np.float64]
 
 CHANNELS = ("meaning", "edges", "wording", "shape")
-"""Large pools have the first three: there is no shape among what a version keeps (`scale/`)."""
+"""In the order of the weights; large pools (`scale/`) have the same."""
 
 _PRIOR = 1e-3
 """Precision of the weights around 0: where every held-out example is right, likelihood alone has no maximum."""

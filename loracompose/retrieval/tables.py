@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,13 +185,18 @@ def _entry(row: Sequence[str], prompts: Sequence[str]) -> Entry:
         name=name,
         description=description,
         examples=tuple(prompts),
-        tags=tuple(json.loads(tags)),
+        tags=_tags(tags),
         license=license,
         fingerprint=fingerprint,
         base_model=base_model,
-        extra=json.loads(extra),
+        extra={} if extra == "{}" else json.loads(extra),  # as in most cards
     )
     return Entry(int(id), card, path)
+
+
+@lru_cache(maxsize=4096)
+def _tags(stored: str) -> tuple[str, ...]:
+    return tuple(json.loads(stored))
 
 
 def _now() -> str:

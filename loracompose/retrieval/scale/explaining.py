@@ -16,7 +16,7 @@ from loracompose.retrieval.scale.view import View
 def explain_view(view: View, catalog: Catalog, features: Singles, prompt: str, k: int) -> Explanation:
     """As `explain`, among the candidates; n-grams are those that speak for an adapter against the other candidates."""
     (query,) = view.queries(parts_of(features, [prompt]))
-    places = view.near([query])[0].places
+    (places,) = view.near([query])
     fits = view.fits(query, places)
     places = places[np.argsort(-fits, kind="stable")[: max(WORDED, k)]]
     places = places[np.argsort(view.ids(places))]
@@ -24,7 +24,8 @@ def explain_view(view: View, catalog: Catalog, features: Singles, prompt: str, k
     kept = np.array([id in entries for id in view.ids(places).tolist()], dtype=np.bool_)
     places = places[kept]
     found = [entries[id] for id in view.ids(places).tolist()]
-    shares = np.stack(channels(view, prompt, query, places))
+    (asked,) = view.version.frequencies.asked([prompt])
+    shares = np.stack(channels(view, query, asked, places, view.fits(query, places)))
     best = shares.sum(axis=0).max(keepdims=True) if len(places) else np.array([-np.inf])
     return explain_candidates(
         prompt,

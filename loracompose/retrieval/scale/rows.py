@@ -63,7 +63,7 @@ class StoredFile:
             if hasattr(os, "posix_fadvise"):  # not on macOS
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         elif self.size:
-            self.mapped = memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
+            self.mapped = memoryview(_mapped(self._file.fileno()))
         else:
             self.mapped = memoryview(b"")
 
@@ -74,6 +74,12 @@ class StoredFile:
             return b"".join([self.mapped[start:end] for start, end in cuts])
         file = self._file.fileno()
         return b"".join([os.pread(file, end - start, start) for start, end in cuts])
+
+
+def _mapped(file: int) -> mmap.mmap:
+    if hasattr(mmap, "MAP_POPULATE"):  # on Linux: else the first searches map it page by page
+        return mmap.mmap(file, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+    return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
 
 
 class Scaled(NamedTuple):

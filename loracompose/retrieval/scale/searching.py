@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loracompose.retrieval.embedding import instructed, whole
+from loracompose.retrieval.embedding import edges, instructed, whole
 from loracompose.retrieval.filtering import Where
 from loracompose.retrieval.result import Retrieval
 from loracompose.retrieval.scale.allowed import Allowed
@@ -19,13 +19,15 @@ from loracompose.retrieval.scale.parts import EDGE, SHAPE, WHOLE, parts_of
 from loracompose.retrieval.scale.rows import Scaled
 from loracompose.retrieval.scale.scanning import scan
 from loracompose.retrieval.scale.shelf import CardShelf
-from loracompose.retrieval.scale.view import Near, Places, Query, View
-from loracompose.retrieval.scale.wordings import short_keys
+from loracompose.retrieval.scale.view import Places, Query, View
+from loracompose.retrieval.scale.wordings import Asked
 from loracompose.retrieval.scoring import Scoring
 from loracompose.retrieval.weighting import log_softmax, softmax_weights
 
+Floats = NDArray[np.float64]
+
 WORDED = 32
-"""Candidates whose edges, wording and shape are looked at, the best by meaning; whose meaning is compared in any case."""
+"""Candidates whose edges, wording and shape are looked at, the best by meaning."""
 
 _WIDEST = 4096
 """Candidates beyond which comparing with all is simpler."""
@@ -35,7 +37,7 @@ class Found(NamedTuple):
     """What one prompt found: row ids, best first, their scores; and the best fit."""
 
     ids: NDArray[np.int64]
-    scores: NDArray[np.float64]
+    scores: Floats
     best: float
 
 
@@ -67,54 +69,77 @@ def search_view(view: View, cards: CardShelf, prompts: Sequence[str], features: 
     """
     allowed = Allowed(view, cards.catalog, request.where)
     if request.scoring == "mean":
-        found = _by_means(view, features, request, allowed)
-    else:
-        parts = parts_of(features, prompts) if request.scoring == "hybrid" else (whole(features),)
-        queries = view.queries(parts)
-        found = [
-            _by_fits(view, prompt, query, near, request, banned, allowed)
-            for prompt, query, near, banned in zip(prompts, queries, view.near(queries), request.excluded, strict=True)
-        ]
-    return _retrieval(view, cards, found, request.scoring)
-
-
-def channels(view: View, prompt: str, query: Query, places: Places) -> tuple[NDArray[np.float64], ...]:
-    """What each channel adds to the fits of a prompt for the adapters in these places, each (C,), as `CHANNELS`."""
-    meaning = view.version.fitted.weights[0] * view.fits(query, places)
-    return meaning, *_others(view, prompt, query, places)
-
-
-def _others(view: View, prompt: str, query: Query, places: Places) -> tuple[NDArray[np.float64], ...]:
-    """All channels but the first."""
-    found = (
-        view.fits(query, places, EDGE),
-        view.evidence(short_keys(prompt), places),
-        view.fits(query, places, SHAPE),
-    )
-    return tuple(weight * part for weight, part in zip(view.version.fitted.weights[1:], found, strict=True))
-
-
-def _by_fits(
-    view: View, prompt: str, query: Query, near: Near, request: Request, banned: set[int], allowed: Allowed
-) -> Found:
-    if banned or not allowed.everything or len(near.places) < request.k:
-        places = _widened(view, query, near.places, request, banned, allowed)
-        fits = view.fits(query, places)
-    else:
-        places, fits = view.nearest(query, near, max(request.k, WORDED))
+        return _retrieval(view, cards, _by_means(view, features, request, allowed), request.scoring)
+    queries = view.queries(_parts(view, features, prompts, request.scoring))
+    found = [
+        _by_meaning(view, query, places, request, banned, allowed)
+        for query, places, banned in zip(queries, view.near(queries), request.excluded, strict=True)
+    ]
     if request.scoring == "hybrid":
-        kept = _best(fits, request.wanted, _open(view.ids(places), banned, allowed))
-        places = places[kept]
-        fits = view.version.fitted.weights[0] * fits[kept] + sum(_others(view, prompt, query, places))
+        asked = view.version.frequencies.asked(prompts)
+        found = [
+            (places, np.sum(channels(view, query, one, places, fits), axis=0))
+            for query, one, (places, fits) in zip(queries, asked, found, strict=True)
+        ]
+    ranked = [
+        _ranked(view, places, fits, request.k, banned, allowed)
+        for (places, fits), banned in zip(found, request.excluded, strict=True)
+    ]
+    return _retrieval(view, cards, ranked, request.scoring)
+
+
+def _parts(view: View, features: Singles, prompts: Sequence[str], scoring: Scoring) -> Sequence[Singles]:
+    """The parts of prompts that count."""
+    if scoring != "hybrid":
+        return (whole(features),)
+    return parts_of(features, prompts) if view.version.fitted.weights[-1] else (whole(features), edges(features))
+
+
+def channels(view: View, query: Query, asked: Asked, places: Places, meaning: Floats) -> tuple[Floats, ...]:
+    """What each channel adds to the fits of a prompt for the adapters in these places, each (C,), as `CHANNELS`.
+
+    Args:
+        view: what is searched.
+        query: the prompt; where the shape has no weight, without it.
+        asked: the prompt.
+        places: of the adapters.
+        meaning: its fits by whole prompts.
+    """
+    scores: tuple[Callable[[], Floats], ...] = (
+        lambda: meaning,
+        lambda: view.fits(query, places, EDGE),
+        lambda: view.evidence(asked, places),
+        lambda: view.fits(query, places, SHAPE),
+    )
+    return tuple(
+        weight * score() if weight else np.zeros(len(places))
+        for weight, score in zip(view.version.fitted.weights, scores, strict=True)
+    )
+
+
+def _by_meaning(
+    view: View, query: Query, places: Places, request: Request, banned: set[int], allowed: Allowed
+) -> tuple[Places, Floats]:
+    """Candidates and their fits by whole prompts; for the hybrid only those that the other channels look at."""
+    if banned or not allowed.everything or len(places) < request.k:
+        places = _widened(view, query, places, request, banned, allowed)
+    fits = view.fits(query, places)
+    if request.scoring != "hybrid":
+        return places, fits
+    kept = _best(fits, request.wanted, _open(view.ids(places), banned, allowed))
+    return places[kept], fits[kept]
+
+
+def _ranked(view: View, places: Places, fits: Floats, k: int, banned: set[int], allowed: Allowed) -> Found:
     ids = view.ids(places)
     scores = log_softmax(fits[None])[0]
     rows = np.flatnonzero(_open(ids, banned, allowed))
-    order = rows[np.lexsort((ids[rows], -scores[rows]))][: request.k]  # of equals the earlier adapter
+    order = rows[np.lexsort((ids[rows], -scores[rows]))][:k]  # of equals the earlier adapter
     best = float(fits[rows].max()) if len(rows) else -np.inf
     return Found(ids[order], scores[order], best)
 
 
-def _best(fits: NDArray[np.float64], wanted: int, open_rows: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _best(fits: Floats, wanted: int, open_rows: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Of candidates the best by meaning, and as many as are wanted of those that may be found."""
     order = np.argsort(-fits, kind="stable")
     kept = order[:wanted]
@@ -131,7 +156,7 @@ def _widened(view: View, query: Query, places: Places, request: Request, banned:
     least = request.wanted + len(banned)
     if breadth.candidates < least:
         breadth = breadth.at_least(least)
-        places = view.near([query], breadth)[0].places
+        places = view.near([query], breadth)[0]
     while int(_open(view.ids(places), banned, allowed).sum()) < enough:
         if len(places) >= len(view):
             allowed.all()  # which says so where a key is unknown
@@ -141,7 +166,7 @@ def _widened(view: View, query: Query, places: Places, request: Request, banned:
             every = _exhaustive(view, query, allowed.all(), banned, request.wanted)
             # Beside the best of all: what may be found does not change the score of what is found.
             return np.union1d(places, every)
-        places = view.near([query], breadth)[0].places
+        places = view.near([query], breadth)[0]
     return places
 
 
@@ -155,7 +180,7 @@ def _exhaustive(view: View, query: Query, ids: NDArray[np.int64] | None, banned:
     """Places of the candidates of one prompt by comparing with all that are allowed."""
     count = max(view.version.structure.breadth.candidates, k)
 
-    def score(means: Singles, squares: Singles) -> NDArray[np.float64]:
+    def score(means: Singles, squares: Singles) -> Floats:
         return view.metrics[WHOLE].fits(query.parts[WHOLE], Scaled.of(means), squares)[None]
 
     places, _ = scan(view, score, 1, ids, [banned], count)
@@ -165,7 +190,7 @@ def _exhaustive(view: View, query: Query, ids: NDArray[np.int64] | None, banned:
 def _by_means(view: View, features: Singles, request: Request, allowed: Allowed) -> list[Found]:
     queries = instructed(features)
 
-    def score(means: Singles, squares: Singles) -> NDArray[np.float64]:
+    def score(means: Singles, squares: Singles) -> Floats:
         under = _under(means + view.version.parts[WHOLE].frame.centre)
         return np.asarray(queries @ (under / np.linalg.norm(under, axis=1, keepdims=True)).T, dtype=np.float64)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from loracompose.retrieval.scale.rows import Scaled
 from loracompose.retrieval.scale.statistics import deviations
 from loracompose.retrieval.scale.structure import Breadth
 from loracompose.retrieval.scale.version import Version
-from loracompose.retrieval.scale.wordings import Short, Wordings
+from loracompose.retrieval.scale.wordings import Asked, Wordings, evidence
 from loracompose.retrieval.scoring import Scoring
 from loracompose.retrieval.tables import Settings
 
@@ -27,7 +27,6 @@ Places = NDArray[np.int64]
 """Where adapters stand: a row of the version, or N plus a row of those that came since."""
 
 
-_FIRST = 3  # times as many as are wanted are scored exactly before the others are judged
 _TOGETHER = 1024  # changes that are added to the statistics at once: each time costs as much as a covariance
 
 
@@ -37,13 +36,6 @@ class Query:
 
     parts: tuple[Turned, ...]
     reduced: Singles
-
-
-class Near(NamedTuple):
-    """Places of candidates of one prompt, nearest first, and their squared distances by reduced vectors, both (C,)."""
-
-    places: Places
-    gaps: Singles
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,44 +116,29 @@ class View:
         reduced = self.version.parts[WHOLE].frame.queries(centred[WHOLE])  # (n, stored)
         return [Query(tuple(own), row) for *own, row in zip(*turned, reduced, strict=True)]
 
-    def near(self, queries: Sequence[Query], breadth: Breadth | None = None) -> list[Near]:
-        """For each prompt candidates: the nearest by reduced vectors."""
+    def near(self, queries: Sequence[Query], breadth: Breadth | None = None) -> list[Places]:
+        """For each prompt the places of candidates: the nearest by reduced vectors, nearest first."""
         wanted = self.version.structure.breadth if breadth is None else breadth
         asked = np.stack([query.reduced for query in queries])
         rows, distances = self.version.structure.near(asked, wanted)  # (n, candidates) each
         kept = rows >= 0
         if self._departed:
             kept &= ~self.gone[rows]
-        found = [Near(*one) for one in zip(rows, distances, strict=True)]
-        if not kept.all():
-            found = [Near(places[known], gaps[known]) for (places, gaps), known in zip(found, kept, strict=True)]
-        if not len(self.arrivals.ids):
-            return found
-        return [self._with_arrivals(*one, wanted.candidates) for one in zip(queries, found, strict=True)]
+        if kept.all() and not len(self.arrivals.ids):
+            return list(rows)
+        return [
+            self._with_arrivals(query, near[known], gaps[known], wanted.candidates)
+            for query, near, gaps, known in zip(queries, rows, distances, kept, strict=True)
+        ]
 
-    def _with_arrivals(self, query: Query, near: Near, count: int) -> Near:
+    def _with_arrivals(self, query: Query, rows: Places, distances: Singles, count: int) -> Places:
+        if not len(self.arrivals.ids):
+            return rows
         reduced = query.reduced
         later = self.arrivals.squares[WHOLE] - 2.0 * (self.arrivals.reduced @ reduced) + reduced @ reduced
-        places = np.concatenate([near.places, len(self.gone) + np.arange(len(later))])
-        gaps = np.concatenate([near.gaps, later])
-        order = np.argsort(gaps, kind="stable")[:count]
-        return Near(places[order], gaps[order])
-
-    def nearest(self, query: Query, near: Near, wanted: int) -> tuple[Places, NDArray[np.float64]]:
-        """Candidates of a prompt with their exact fits, both (C',): all that may be among the best so many.
-
-        How far reduced distances are from exact ones is seen on the nearest; candidates that are farther than the
-        wanted one by more than three standard deviations of that are left out.
-        """
-        first = _FIRST * wanted
-        fits = self.fits(query, near.places[:first])
-        if len(near.places) <= first:
-            return near.places, fits
-        exact = -2.0 * self.version.parts[WHOLE].frame.temperature * fits
-        errors = exact - near.gaps[:first]
-        farthest = np.partition(exact, wanted - 1)[wanted - 1] - errors.mean() + 3.0 * errors.std()
-        count = max(int(np.searchsorted(near.gaps, farthest, side="right")), first)
-        return near.places[:count], np.concatenate([fits, self.fits(query, near.places[first:count])])
+        places = np.concatenate([rows, len(self.gone) + np.arange(len(later))])
+        order = np.argsort(np.concatenate([distances, later]), kind="stable")
+        return np.asarray(places[order[:count]])
 
     def fits(self, query: Query, places: Places, number: int = WHOLE) -> NDArray[np.float64]:
         """How well a part of a prompt fits the adapters in these places, exactly, (C,).
@@ -179,15 +156,15 @@ class View:
         squares = np.concatenate([part.squares[early], arrivals.squares[number][late]])
         return np.asarray(self._joined(places, metric.fits(query.parts[number], means, squares)))
 
-    def evidence(self, keys: Short, places: Places) -> NDArray[np.float64]:
-        """Evidence of a prompt, given by its short keys, for the adapters in these places, (C,)."""
+    def evidence(self, asked: Asked, places: Places) -> NDArray[np.float64]:
+        """Evidence of a prompt for the adapters in these places, (C,)."""
         early, late = self._parted(places)
         wordings = self.version.words.take(early)
         if late is None:
-            return self.version.frequencies.evidence(keys, wordings, self.version.sizes[early])
+            return evidence(asked, wordings, self.version.sizes[early])
         wordings = Wordings.joined([wordings, *(self.arrivals.wordings[row] for row in late)])
         sizes = np.concatenate([self.version.sizes[early], self.arrivals.sizes[late]])
-        return np.asarray(self._joined(places, self.version.frequencies.evidence(keys, wordings, sizes)))
+        return np.asarray(self._joined(places, evidence(asked, wordings, sizes)))
 
     def ids(self, places: Places) -> NDArray[np.int64]:
         """Row ids of the adapters in these places, (C,)."""

@@ -56,6 +56,14 @@ class Wordings(NamedTuple):
         return Wordings.joined(parts)
 
 
+class Asked(NamedTuple):
+    """A prompt: its short keys, how large a share of the pool's examples has each, and which the table has."""
+
+    keys: Short
+    shares: Floats
+    known: NDArray[np.bool_]
+
+
 def read_wordings(adapters: Sequence[Sequence[str]]) -> Wordings:
     """The n-grams of adapters, each given by its example prompts."""
     found = [short_keys(text) for examples in adapters for text in examples]
@@ -104,6 +112,13 @@ class Frequencies:
         kept = np.sort(np.argsort(-counts, kind="stable")[:TABLE_SIZE])
         return cls(keys[kept], counts[kept].astype(np.float32), max(examples, 1))
 
+    def asked(self, prompts: Sequence[str]) -> list[Asked]:
+        """Prompts as they are compared with adapters; their n-grams are looked up all at once."""
+        keys = [short_keys(prompt) for prompt in prompts]
+        shares, known = self.shares(np.concatenate(keys))
+        cuts = np.cumsum([len(own) for own in keys])[:-1]
+        return [Asked(*one) for one in zip(keys, np.split(shares, cuts), np.split(known, cuts), strict=True)]
+
     def shares(self, keys: Short) -> tuple[Floats, NDArray[np.bool_]]:
         """Share of the prompts with each n-gram, at least one of them; and whether the table has it."""
         if not len(self.keys):
@@ -127,21 +142,22 @@ class Frequencies:
         """Most keys of one value of the leading bits."""
         return int(np.bincount(self.keys >> _REST).max())
 
-    def evidence(self, keys: Short, wordings: Wordings, sizes: NDArray[np.int64]) -> Floats:
-        """`Lexicon.scores` of a prompt for some adapters, (C,).
 
-        Args:
-            keys: short keys of the prompt's n-grams.
-            wordings: of the adapters.
-            sizes: number of examples of each adapter, (C,).
-        """
-        shares, known = self.shares(keys)
-        adapters, counts, place = _found(keys, wordings)
-        known[place] = True
-        absent = known.sum() * np.log(PSEUDO_COUNT / (sizes + PSEUDO_COUNT))
-        gains = np.log1p(counts / (PSEUDO_COUNT * shares[place]))
-        total = absent + np.bincount(adapters, gains, minlength=len(sizes))
-        return np.asarray(total / float(max(len(keys), 1) ** EXPONENT))
+def evidence(asked: Asked, wordings: Wordings, sizes: NDArray[np.int64]) -> Floats:
+    """`Lexicon.scores` of a prompt for some adapters, (C,).
+
+    Args:
+        asked: the prompt.
+        wordings: of the adapters.
+        sizes: number of examples of each adapter, (C,).
+    """
+    adapters, counts, place = _found(asked.keys, wordings)
+    known = asked.known.copy()
+    known[place] = True
+    absent = known.sum() * np.log(PSEUDO_COUNT / (sizes + PSEUDO_COUNT))
+    gains = np.log1p(counts / (PSEUDO_COUNT * asked.shares[place]))
+    total = absent + np.bincount(adapters, gains, minlength=len(sizes))
+    return np.asarray(total / float(max(len(asked.keys), 1) ** EXPONENT))
 
 
 def _found(keys: Short, wordings: Wordings) -> tuple[NDArray[np.int64], Floats, NDArray[np.int64]]:

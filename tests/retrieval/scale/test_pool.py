@@ -19,6 +19,7 @@ from loracompose.retrieval.scale import gathering, making
 from loracompose.retrieval.scale.gathering import CancelledError
 from loracompose.retrieval.scale.ledger import generation_and_record
 from loracompose.retrieval.scale.making import make_version
+from loracompose.retrieval.scale.parts import EDGE, SHAPE, WHOLE, parts_of
 from loracompose.retrieval.scale.pool import Bound, LargePool
 from loracompose.retrieval.scale.structure import Breadth
 from loracompose.retrieval.scale.version import KINDS, file_of, load_version
@@ -42,20 +43,21 @@ def assert_same(found, expected):
         np.testing.assert_allclose(getattr(found, part), getattr(expected, part), atol=2e-4)
 
 
-def by_definition(index):
+def by_definition(index, number=WHOLE):
     """Scores of all adapters for PROMPTS, from the catalog alone, under the frozen covariance and what changed it."""
     view = index._large.view()
-    part, drift = view.version.parts[0], view.drifts[0]
+    part, drift = view.version.parts[number], view.drifts[number]
     frame = part.frame
     entries = index.catalog.entries()
-    groups = [whole(index.catalog.embeddings(entry.id)).astype(np.float64) for entry in entries]
+    stored = [parts_of(index.catalog.embeddings(entry.id), entry.card.examples)[number] for entry in entries]
+    groups = [own.astype(np.float64) for own in stored]
     scatter = sum((group - group.mean(axis=0)).T @ (group - group.mean(axis=0)) for group in groups)
     frozen = np.linalg.inv(frame.whitening @ frame.whitening.T)
     weight = 1 - frame.shrinkage
     base = frame.freedom * frozen + weight * (scatter - part.scatter)
     inverse = np.linalg.inv(base / (frame.freedom + weight * drift.freedom))
     means = np.stack([group.mean(axis=0) for group in groups])
-    gaps = whole(features(EMBEDDER, PROMPTS, view.settings))[:, None] - means
+    gaps = parts_of(features(EMBEDDER, PROMPTS, view.settings), PROMPTS)[number][:, None] - means
     fits = -0.5 * np.einsum("pkd,de,pke->pk", gaps, inverse, gaps) / frame.temperature
     return [entry.card.name for entry in entries], log_softmax(fits)
 
@@ -106,6 +108,23 @@ def test_any_sequence_of_changes_finds_what_the_definition_says(tmp_path_factory
         np.testing.assert_allclose(found.scores, scores, atol=1e-3)
 
 
+@pytest.mark.parametrize("number", [EDGE, SHAPE])
+def test_what_rescores_follows_what_comes_and_goes_as_the_definition_says(tmp_path, number):
+    with large(tmp_path, range(20)) as index:
+        index.search(PROMPTS)
+        for seed in (30, 31, 32):
+            enter(index.catalog, seed)
+        for name in ("a00004", "a00031", "a00000"):
+            index.catalog.remove(name)
+        view = index._large.view()
+        names, scores = by_definition(index, number)
+        assert len(names) == 20
+        places = view.places(np.array(index.catalog.ids()))
+        queries = view.queries(parts_of(features(EMBEDDER, PROMPTS, view.settings), PROMPTS))
+        found = log_softmax(np.stack([view.fits(query, places, number) for query in queries]))
+        np.testing.assert_allclose(found, scores, atol=2e-3)
+
+
 def test_an_adapter_that_is_replaced_is_found_by_its_new_examples(tmp_path):
     with large(tmp_path) as index:
         index.search(PROMPTS)
@@ -130,7 +149,7 @@ def test_what_came_is_a_candidate_by_its_distance_as_what_was_there_is(tmp_path)
         queries = view.queries([whole(features(EMBEDDER, prompts, view.settings))])
         nearest = [int(view.fits(query, np.arange(33)).argmax()) for query in queries]
         assert nearest == [32, 7, 31]
-        assert [near.places.tolist() for near in view.near(queries, Breadth(1, 1))] == [[place] for place in nearest]
+        assert [places.tolist() for places in view.near(queries, Breadth(1, 1))] == [[place] for place in nearest]
 
 
 @pytest.mark.parametrize("sample", [512, 8])
@@ -312,6 +331,27 @@ def test_a_version_in_an_earlier_format_is_made_anew(tmp_path):
     with AdapterIndex.open(tmp_path / "large", embedder=EMBEDDER) as index:
         assert_same(index.search(PROMPTS, 5), expected)
         assert index._large.view().version.token != token
+
+
+def test_departures_without_prompts_are_of_an_earlier_format_and_make_room(tmp_path):
+    with large(tmp_path) as index:
+        expected = index.search(PROMPTS, 5)
+    with closing(sqlite3.connect(tmp_path / "large" / "catalog.sqlite")) as file:
+        file.executescript(
+            "DROP TRIGGER departing; DROP TABLE departures; CREATE TABLE departures (seq INTEGER PRIMARY KEY "
+            "AUTOINCREMENT, adapter INTEGER NOT NULL, position INTEGER NOT NULL, embedding BLOB NOT NULL); CREATE "
+            "TRIGGER departing BEFORE DELETE ON adapters BEGIN INSERT INTO departures (adapter, position, embedding) "
+            "SELECT adapter, position, embedding FROM examples WHERE adapter = OLD.id; END"
+        )
+        record = json.loads(file.execute("SELECT record FROM version").fetchone()[0])
+        file.execute("UPDATE version SET record = ?", (json.dumps(record | {"format": 2}),))
+        file.commit()
+    with AdapterIndex.open(tmp_path / "large", embedder=EMBEDDER) as index:
+        assert_same(index.search(PROMPTS, 5), expected)
+        index.catalog.remove("a00004")
+        kept = index.catalog.database.rows("SELECT prompt FROM departures ORDER BY position")
+        assert [row[0] for row in kept] == list(card(4).examples)
+        assert len(index._large.view()) == 29
 
 
 def test_another_process_sees_what_came_went_and_was_whitened_anew(tmp_path):

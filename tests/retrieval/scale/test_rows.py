@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from loracompose.retrieval.catalog import Catalog
+from loracompose.retrieval.scale import rows as stored
 from loracompose.retrieval.scale.rows import Rows, Scaled, packed
 from loracompose.retrieval.scale.shelf import CardShelf, MovedError
 from tests.retrieval.scale.material import card, make_index
@@ -23,6 +24,19 @@ def test_each_row_comes_back_within_a_share_of_its_own_largest_number(tmp_path):
     found = rows_of(tmp_path / "rows", given).take(np.arange(41))
     assert (np.abs(found.rows - given).max(axis=1) <= np.abs(given).max(axis=1) / 65_000).all()
     np.testing.assert_array_equal(found.rows[-1], 0.0)
+
+
+@pytest.mark.parametrize("mapped", [0, 1 << 20], ids=["piece by piece", "mapped"])
+def test_rows_are_the_same_whether_their_file_is_mapped_or_read_piece_by_piece(tmp_path, monkeypatch, mapped):
+    monkeypatch.setattr(stored, "_MAPPED_BYTES", mapped)
+    rows = rows_of(tmp_path / "rows", DRAWN.astype(np.float32))
+    assert (rows._mapped is None) == (mapped == 0)
+    (tmp_path / "rows").unlink()  # as when the next version is made
+    assert len(rows) == 40
+    order = np.array([7, 39, 0, 7])
+    np.testing.assert_allclose(rows.take(order).rows, DRAWN[order], rtol=1e-3, atol=1e-9)
+    blocks = [block for _, block in rows.blocks(16)]
+    np.testing.assert_array_equal(np.concatenate(blocks), rows.take(np.arange(40)).rows)
 
 
 def test_rows_that_are_written_again_stay_as_they_are(tmp_path):

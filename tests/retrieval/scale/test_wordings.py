@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from loracompose.retrieval.lexicon import Lexicon, ngram_keys
-from loracompose.retrieval.scale import wordings
+from loracompose.retrieval.scale import rows, wordings
 from loracompose.retrieval.scale.rows import StoredFile
-from loracompose.retrieval.scale.wordings import Frequencies, WordingFile, Wordings, read_wordings, short_keys
+from loracompose.retrieval.scale.wordings import Frequencies, WordingFile, Wordings, evidence, read_wordings
 from tests.retrieval.scale.material import texts
 
 POOL = [texts(seed, 2 + seed % 3) for seed in range(12)]
@@ -20,7 +20,7 @@ def test_evidence_for_few_is_that_of_the_lexicon_of_all(prompt):
     frequencies = Frequencies.of(read, sum(map(len, POOL)))
     few = [7, 2, 3]
     sizes = np.array([len(POOL[row]) for row in few])
-    found = frequencies.evidence(short_keys(prompt), read.chosen(few), sizes)
+    found = evidence(*frequencies.asked([prompt]), read.chosen(few), sizes)
     np.testing.assert_allclose(found, Lexicon.of(POOL).scores(ngram_keys(prompt))[few])
 
 
@@ -39,7 +39,17 @@ def test_a_table_that_is_too_small_keeps_the_most_frequent(monkeypatch):
     assert shares[-1] == 1 / 30
 
 
-def test_wordings_come_back_from_their_file(tmp_path):
+def test_keys_of_the_same_leading_bits_are_told_apart():
+    keys = np.array([5, 6, 7, 1 << 20, (1 << 32) - 1], dtype=np.uint32)
+    frequencies = Frequencies(keys, np.array([2, 3, 4, 5, 6], dtype=np.float32), 10)
+    shares, known = frequencies.shares(np.array([6, 8, 1 << 20, 1 << 30, (1 << 32) - 1], dtype=np.uint32))
+    np.testing.assert_allclose(shares, [0.3, 0.1, 0.5, 0.1, 0.6])
+    assert known.tolist() == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("mapped", [0, 1 << 20], ids=["piece by piece", "mapped"])
+def test_wordings_come_back_from_their_file(tmp_path, monkeypatch, mapped):
+    monkeypatch.setattr(rows, "_MAPPED_BYTES", mapped)
     read = [read_wordings([group]) for group in POOL]
     every = Wordings.joined(read)
     for together, alone in zip(read_wordings(POOL), every, strict=True):

@@ -22,7 +22,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     for key, label in (("add_ms", "add"), ("remove_ms", "remove"), ("search_after_add_ms", "next search")):
         changes.plot(sizes, [pool[key]["cpu_p50"] for pool in pools], "o-", label=label)
     memory.plot(sizes, [pool["memory_mib"]["present"] for pool in pools], "o-", label="while searching")
-    memory.plot(sizes, [pool["memory_after_adding_mib"]["peak"] for pool in pools], "o--", label="peak of all that")
+    memory.plot(sizes, [pool["memory_after_adding_mib"]["peak"] for pool in pools], "o--", label="peak, with adding")
     memory.plot(sizes, [pool["build_peak_mib"] for pool in pools], "o:", label="peak while building")
     titles = "search, CPU ms", "change, CPU ms (median)", "memory, MiB"
     for axes, title in zip((searches, changes, memory), titles, strict=True):

@@ -57,8 +57,9 @@ def derive_files(home: Path, token: str, gathered: Gathered, cancelled: Callable
         Rows(file_of(home, token, kind), len(centre))
         for kind, centre in zip((MEANS, EDGES), gathered.centres, strict=False)
     )
+    means: tuple[Rows | HeldRows, ...] = (first, second, HeldRows(gathered.shapes))
     parts = []
-    for number, rows in enumerate((first, second, HeldRows(gathered.shapes))):
+    for number, rows in enumerate(means):
         frame = _frame(gathered, number, spectra[number], *chosen[number])
         if number == WHOLE:  # which faiss searches
             frame = replace(frame, directions=_directions(frame, rows))

@@ -136,7 +136,7 @@ def load_version(home: Path, record: Record) -> Version:
     with np.load(file_of(home, record.token, NUMBERS), allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     notes = json.loads(arrays["notes"].tobytes())
-    means = {
+    means: dict[str, Rows | HeldRows] = {
         MEANS: Rows(file_of(home, record.token, MEANS), len(arrays[MEANS + "centre"])),
         EDGES: Rows(file_of(home, record.token, EDGES), len(arrays[EDGES + "centre"])),
         SHAPES: HeldRows(arrays[SHAPES]),

@@ -140,6 +140,7 @@ def test_any_kind_of_cache_that_is_given_empty_serves(make):
 
 def test_asked_for_its_hidden_states_the_model_gives_those_of_the_second_pass_alone():
     composer, model = laws.ROWS["xlora"].settings[0], copy.deepcopy(laws.base("llama"))  # transformers leaves hooks
+    composer, model = laws.ROWS["xlora"].settings[0], copy.deepcopy(laws.base("llama"))  # transformers leaves hooks
     deltas = laws.compose_rows(composer, laws.hostile_adapters(), laws.BATCH[:2])
     with torch.no_grad(), attach(model, deltas):
         hidden = model(**INPUTS, output_hidden_states=True).hidden_states

@@ -1,14 +1,20 @@
 """Does fine-tuning the encoder on the adapters' examples find more prompts? LoraRetriever's 0, 40 and 100 % settings.
 
-    python benchmarks/retriever_finetuning.py FLAN48 TASKS POOL --work DIR -o results/retriever_finetuning.json
+    python benchmarks/retriever_finetuning.py FLAN48 TASKS POOL --work DIR \\
+        -o benchmarks/results/retriever_finetuning.json
+    python benchmarks/retriever_report.py
 
-FLAN48 holds profiles.jsonl ("adapter", "prompt") and dev.jsonl; TASKS holds *.test.jsonl ("task", "prompt",
-"template"), of which template 5 occurs in no example; POOL is the folder of adapters, with cards, of the tasks.
+FLAN48 holds profiles.jsonl and dev.jsonl, TASKS one <task>.train.jsonl and <task>.test.jsonl a task, and POOL the
+adapters of these tasks, whose cards have the examples.
 
-First the choice, on profiles alone: a fourth of each profile is held out, encoders are trained on the rest, and the
-held-out examples searched in an index of the rest. Then the measurement. Encoders and embeddings are kept in DIR, so a
-stopped run goes on, and deleting DIR reruns everything. All searches are those of `AdapterIndex`, whose fits see the
-examples that the encoder was trained on, and nothing else.
+First the choice, on profiles alone: a fourth of each profile is held out, encoders are trained on the rest by each
+recipe, and the held-out examples are searched among the rest. The recipe under which the hybrid gives their own
+adapters the best likelihood is taken. Then the measurement. Encoders and embeddings are kept in DIR: a stopped run goes
+on, and deleting DIR reruns everything.
+
+What an index fits by holding out examples one by one, it fits here as well: on examples that the encoder has seen. So
+there is one more scoring, whose shrinkage, temperatures and weights are those of the examples that were held out for
+the choice, and from training too.
 """
 
 from __future__ import annotations
@@ -16,152 +22,206 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from retrieval import hits, read_examples, read_rows, rounded
 
-from loracompose import Adapter, AdapterIndex, LoraFactors, __version__, save_adapter
+import loracompose
+from loracompose.benchmarks.crossed import fitted_on, without_fourths
+from loracompose.benchmarks.kept import KeptEmbedder
+from loracompose.benchmarks.retrieval import PAPER, calibration_error, gains, hits, own_ranks, reliability
+from loracompose.benchmarks.retrieval_data import RetrievalData, read_retrieval_data, with_profiles
+from loracompose.benchmarks.retrieval_scorings import Floats, embed, read_pool, score, split
+from loracompose.cli.retrieval_tables import rounded
 from loracompose.locating import DEFAULT_ENCODER
 from loracompose.retrieval.embedding import INSTRUCTION, SentenceTransformerEmbedder
 from loracompose.retrieval.encoder_recipe import EncoderRecipe
 from loracompose.retrieval.finetuning import train_retriever
+from loracompose.retrieval.fitting import fitted_hybrid
+from loracompose.retrieval.profiles import read_profiles
+from loracompose.retrieval.tables import Settings
+from loracompose.retrieval.weighting import log_softmax
 
-SCORINGS = ("mean", "discriminant", "hybrid")
-HELD_OUT = 4
-"""Every fourth example is held out for the choice."""
+SEEN = 5
+"""Of the tasks' prompts of seen phrasings every fifth is searched: nearly all of them are found by any encoder."""
 
-CANDIDATES = {
-    "default": EncoderRecipe(),
+REDUCED = (
+    "texts are cut after 64 tokens in training, and the upper three of six layers are trained; two recipes were tried; "
+    "of the tasks' prompts of seen phrasings every fifth is searched"
+)
+"""What a machine without an accelerator has no time for."""
+
+RECIPES = {
+    "one epoch": EncoderRecipe(epochs=1),
+    "three epochs": EncoderRecipe(epochs=3),
 }
-SHARES = (0.0, 0.4, 1.0)
-PAPER = {  # LoraRetriever, Table 2: instructor-xl, 1.5 B parameters
-    "0.0": [60.80, 79.29, 85.57, 91.58],
-    "0.4": [63.16, 89.09, 95.45, 98.97],
-    "1.0": [74.08, 97.37, 99.15, 99.82],
+SCORINGS = {
+    "mean, as in the paper's code": "mean, as in the paper's code",
+    "mean": "mean",
+    "discriminant": "meaning",
+    "hybrid": "hybrid",
 }
+"""Scorings of an index, and the paper's own, by what `score` calls them."""
+
+CROSSED = "hybrid, fitted on held-out examples"
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """A setting under one encoder: features of its examples and of its prompts, and what every scoring finds."""
+
+    data: RetrievalData
+    examples: np.ndarray
+    prompts: np.ndarray
+    fits: Mapping[str, Floats]
+    chosen: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Profiles to index, and prompts to search with the adapter that each belongs to, by parts."""
+class Held:
+    """Examples held out of profiles, and encoders that have not seen them, by the share of adapters trained on."""
 
-    name: str
-    examples: dict[str, list[str]]
-    prompts: list[str]
-    own: list[str]
-    parts: dict[str, np.ndarray]
+    data: RetrievalData
+    encoders: Mapping[float, str]
 
 
-class Kept:
-    """An embedder that keeps what it embedded in a file."""
-
-    def __init__(self, encoder: str, folder: Path) -> None:
-        self._embedder = SentenceTransformerEmbedder(encoder, batch_size=16)
-        self.name, self.revision = encoder, self._embedder.revision
-        self._file = folder / f"{self.revision.replace(':', '-')}.npz"
-        self._known: dict[str, np.ndarray] = {}
-        if self._file.is_file():
-            with np.load(self._file) as stored:
-                self._known = dict(zip(stored["texts"].tolist(), stored["vectors"], strict=True))
-
-    @property
-    def dimension(self) -> int:
-        return len(self(["dimension"])[0])
-
-    def learn(self, texts: list[str]) -> None:
-        """Embed them together, those of like length side by side."""
-        missing = sorted({text for text in texts if text not in self._known}, key=len)
-        if missing:
-            self._known.update(zip(missing, self._embedder(missing), strict=True))
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(self._file, texts=np.array(list(self._known)), vectors=np.stack(list(self._known.values())))
-
-    def __call__(self, texts: list[str]) -> np.ndarray:
-        self.learn(list(texts))
-        return np.stack([self._known[text] for text in texts])
+def look(data: RetrievalData, encoder: str, work: Path, held: Embedded | None = None) -> Embedded:
+    """Embed a setting and score its prompts; `held` are held-out examples under the same kind of encoder."""
+    embedder = KeptEmbedder(SentenceTransformerEmbedder(encoder, batch_size=16), work / "embeddings")
+    settings = Settings(embedder.name, embedder.revision, embedder.dimension, INSTRUCTION)
+    flat = [text for group in data.profiles.values() for text in group]
+    made = embed([*flat, *data.prompts], settings, embedder)
+    examples, prompts = made[: len(flat)], made[len(flat) :]
+    scorings = score(data, examples, prompts)
+    fits = {name: scorings.fits[theirs] for name, theirs in SCORINGS.items()}
+    chosen = {key: value for key, value in asdict(scorings.fitted).items() if key != "calibration"}
+    if held is not None:
+        pool = read_pool(list(data.profiles.values()), split(data, examples))
+        other = fitted_on(scorings.fitted, held.data, held.examples, held.prompts)
+        fits[CROSSED] = fitted_hybrid(pool.spectra, pool.lexicon, pool.forms, other).fits(prompts, data.prompts)
+    return Embedded(data, examples, prompts, fits, chosen)
 
 
-def without_fourths(setting: Setting) -> Setting:
-    """The examples of a setting searched in an index of the others."""
-    kept = {n: [p for i, p in enumerate(g) if i % HELD_OUT != HELD_OUT - 1] for n, g in setting.examples.items()}
-    out = {n: g[HELD_OUT - 1 :: HELD_OUT] for n, g in setting.examples.items()}
-    prompts = [prompt for group in out.values() for prompt in group]
-    own = [name for name, group in out.items() for _ in group]
-    return Setting(f"{setting.name}-held-out", kept, prompts, own, {"all": np.ones(len(own), dtype=bool)})
-
-
-def measure(setting: Setting, encoder: str, work: Path) -> dict:
-    """Hits, likelihood and calibration of each scoring."""
-    embedder = Kept(encoder, work / "embeddings")
-    texts = setting.prompts + [text for group in setting.examples.values() for text in group]
-    embedder.learn([*texts, *(INSTRUCTION + text for text in texts)])
-    found: dict[str, dict] = {}
-    with AdapterIndex.build(
-        pool(setting, work), work / "indexes" / setting.name / embedder.revision[7:], embedder=embedder, overwrite=True
-    ) as index:
-        for scoring in SCORINGS:
-            result = index.search(setting.prompts, k=len(index), scoring=scoring)
-            names = [card.name for card in result.cards]
-            own = np.array([names.index(name) for name in setting.own])
-            scores = result.scores.numpy().astype(np.float64)
-            found[scoring] = {part: summary(scores[rows], own[rows], scoring) for part, rows in setting.parts.items()}
-    return found
-
-
-def summary(scores: np.ndarray, own: np.ndarray, scoring: str) -> dict:
-    result: dict = {"hit": hits(scores, own)}
-    if scoring != "mean":  # whose scores are cosines; the others are log p(adapter | prompt)
-        sure, right = np.exp(scores.max(axis=1)), scores.argmax(axis=1) == own
-        place = np.minimum((sure * 15).astype(int), 14)
-        gaps = [abs(sure[place == i].mean() - right[place == i].mean()) * (place == i).mean() for i in np.unique(place)]
-        result |= {"calibration_error": float(sum(gaps)), "nll": float(-scores[np.arange(len(own)), own].mean())}
+def summary(found: Embedded, before: Embedded) -> dict[str, Any]:
+    """Hits of each scoring, gains against the untouched encoder, likelihood and calibration."""
+    result: dict[str, Any] = {}
+    for name, fits in found.fits.items():
+        result[name] = {}
+        for part, here in found.data.parts.items():
+            own, scores = found.data.own[here], fits[here]
+            old = before.fits[name][here]
+            logs = log_softmax(scores)
+            result[name][part] = {
+                "hit": hits(scores, own),
+                "gain": gains(own_ranks(scores, own), own_ranks(old, own)),
+                "nll": -float(logs[np.arange(len(own)), own].mean()),
+                "calibration_error": calibration_error(reliability(logs, own)),
+            }
     return result
 
 
-def pool(setting: Setting, work: Path) -> Path:
-    """Adapters that do nothing, with the setting's examples on their cards."""
-    folder = work / "pools" / setting.name
-    if not folder.is_dir():
-        aside = work / "pools" / f".{setting.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        zero = LoraFactors(torch.zeros(1, 1), torch.zeros(1, 1))
-        for name, examples in setting.examples.items():
-            save_adapter(Adapter(name, {"layer": zero}), aside / name)
-            (aside / name / "card.json").write_text(json.dumps({"examples": examples}))
-        aside.rename(folder)
-    return folder
+def thinned(data: RetrievalData) -> RetrievalData:
+    """All prompts of unseen phrasings, and every `SEEN`-th of the others."""
+    kept = data.unseen | (np.cumsum(~data.unseen) % SEEN == 0)
+    prompts = tuple(prompt for prompt, keep in zip(data.prompts, kept, strict=True) if keep)
+    return RetrievalData(data.profiles, prompts, data.own[kept], data.unseen[kept])
 
 
-def trained(setting: Setting, recipe: EncoderRecipe, label: str, share: float, work: Path) -> tuple[str, dict]:
+def trained(name: str, data: RetrievalData, recipe: EncoderRecipe, share: float, work: Path) -> tuple[str, dict]:
     """The encoder trained on a setting's examples, and its record."""
-    folder = work / "encoders" / f"{setting.name}-{label}-{round(100 * share)}"
+    folder = work / "encoders" / f"{name}-{round(100 * share)}"
+    clock = folder.with_suffix(".cpu")
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        train_retriever(setting.examples, folder, share=share, recipe=recipe, device="cpu")
-    record = json.loads((folder / "training.json").read_text())
-    losses = record.get("losses", [])
-    kept = ("share", "examples", "steps", "seconds", "adapters")
-    return str(folder), {key: record.get(key) for key in kept} | {
+        start = time.process_time()
+        train_retriever(dict(data.profiles), folder, share=share, recipe=recipe, device="cpu", progress=False)
+        clock.write_text(f"{time.process_time() - start:.1f}")
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    losses = record["losses"]
+    cpu = {"cpu_seconds": float(clock.read_text())} if clock.is_file() else {}
+    return str(folder), {key: record[key] for key in ("share", "examples", "steps")} | cpu | {
+        "adapters": len(record["adapters"]),
         "first_losses": losses[:5],
         "last_losses": losses[-5:],
     }
 
 
-def read_settings(args: argparse.Namespace) -> tuple[Setting, Setting]:
-    examples = read_examples(args.flan48 / "profiles.jsonl")
-    rows = read_rows(args.flan48 / "dev.jsonl", list(examples))
-    everything = {"all": np.ones(len(rows), dtype=bool)}
-    flan = Setting("flan48", examples, [r.prompt for r in rows], [r.adapter for r in rows], everything)
-    examples = read_examples(args.pool)
-    rows = read_rows(args.tasks, list(examples))
-    unseen = np.array([row.template == args.unseen_template for row in rows])
-    parts = {"seen": ~unseen, "unseen": unseen}
-    return flan, Setting("tasks", examples, [r.prompt for r in rows], [r.adapter for r in rows], parts)
+class Run:
+    """The result so far; the file is written anew with every encoder that is measured, and read again at the start."""
+
+    def __init__(self, output: Path, about: dict[str, Any]) -> None:
+        self.output = output
+        self.result = json.loads(json.dumps(rounded(about)))
+        if output.is_file():
+            before = json.loads(output.read_text(encoding="utf-8"))
+            if any(before.get(key) != value for key, value in self.result.items()):
+                raise ValueError(f"{output} was measured with other rows, recipes or versions: delete it to begin anew")
+            self.result = before
+
+    def has(self, table: str, label: str) -> bool:
+        """Whether this was measured before."""
+        return label in self.result.get(table, {})
+
+    def note(self, table: str, label: str, training: dict, found: Embedded, before: Embedded) -> None:
+        """Add what was found under one encoder."""
+        entry = {"training": training, "fitted": found.chosen, "scorings": summary(found, before)}
+        self.result.setdefault(table, {})[label] = entry
+        self.write()
+        for scoring, parts in entry["scorings"].items():
+            for part, of in parts.items():
+                shares = "/".join(f"{hit['share']:.1f}" for hit in of["hit"].values())
+                gain = "{points:+.1f} [{low:+.1f}, {high:+.1f}]".format(**of["gain"]["1"])
+                print(f"{table} {label:13}{scoring:37}{part:8}{shares}  @1 {gain}  NLL {of['nll']:.3f}", flush=True)
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        aside = self.output.with_suffix(".part")
+        aside.write_text(json.dumps(rounded(self.result), indent=1) + "\n", encoding="utf-8")
+        aside.replace(self.output)
+
+
+def choose(run: Run, data: RetrievalData, work: Path) -> tuple[str, str]:
+    """The best recipe's name, and the encoder it trains on the examples that are not held out."""
+    encoders = {
+        label: trained(f"choice-{label.replace(' ', '-')}", data, RECIPES[label], 1.0, work) for label in RECIPES
+    }
+    missing = [label for label in RECIPES if not run.has("choice", label)]
+    if missing:
+        untouched = look(data, DEFAULT_ENCODER, work)
+        run.note("choice", "untouched", {}, untouched, untouched)
+        for label in missing:
+            encoder, record = encoders[label]
+            run.note("choice", label, record, look(data, encoder, work), untouched)
+    best = min(RECIPES, key=lambda label: run.result["choice"][label]["scorings"]["hybrid"]["all"]["nll"])
+    run.result["chosen"] = best
+    return best, encoders[best][0]
+
+
+def measure(
+    run: Run,
+    table: str,
+    data: RetrievalData,
+    recipe: EncoderRecipe,
+    shares: Sequence[float],
+    held: Held | None,
+    work: Path,
+) -> None:
+    """Train on each share of the adapters and search all prompts; what was measured before is not measured again."""
+    missing = [share for share in shares if not run.has(table, f"{100 * share:.0f}")]
+    if not missing:
+        return
+    crossed = {share: look(held.data, encoder, work) for share, encoder in held.encoders.items()} if held else {}
+    before = look(data, DEFAULT_ENCODER, work, crossed.get(0.0))
+    for share in missing:
+        encoder, record = trained(table, data, recipe, share, work) if share else (DEFAULT_ENCODER, {})
+        found = look(data, encoder, work, crossed.get(share)) if share else before
+        run.note(table, f"{100 * share:.0f}", record, found, before)
 
 
 def main() -> None:
@@ -170,47 +230,27 @@ def main() -> None:
     parser.add_argument("tasks", type=Path)
     parser.add_argument("pool", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--unseen-template", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
 
-    start, recipe = time.process_time(), EncoderRecipe()
-    flan, tasks = read_settings(args)
-    result: dict = {
-        "loracompose": __version__,
+    flan48 = read_retrieval_data(args.flan48)
+    tasks = thinned(with_profiles(read_retrieval_data(args.tasks), read_profiles(args.pool)))
+    about = {
         "encoder": DEFAULT_ENCODER,
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "recipe": asdict(recipe),
-        "rows": {"flan48": len(flan.prompts), **{f"tasks {n}": int(rows.sum()) for n, rows in tasks.parts.items()}},
-        "paper, instructor-xl": PAPER,
-        "choice": {},
-        "flan48": {},
-        "tasks": {},
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {"loracompose": loracompose.__version__, "torch": version("torch")},
+        "recipes": {label: asdict(recipe) for label, recipe in RECIPES.items()},
+        "rows": {"flan48": len(flan48.prompts), "tasks": {n: int(p.sum()) for n, p in tasks.parts.items()}},
+        "reduced": REDUCED,
+        "paper": PAPER,
     }
-
-    def note(table: str, label: str, setting: Setting, encoder: str, record: dict) -> None:
-        result[table][label] = {"training": record, "scorings": measure(setting, encoder, args.work)}
-        result["cpu_seconds"] = time.process_time() - start
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(rounded(result), indent=1) + "\n")
-        show(table, label, result[table][label]["scorings"])
-
-    held_out = without_fourths(flan)
-    note("choice", "untouched", held_out, DEFAULT_ENCODER, {})
-    for label, candidate in CANDIDATES.items():
-        note("choice", label, held_out, *trained(held_out, candidate, label, 1.0, args.work))
-    for setting in (flan, tasks):
-        for share in SHARES if setting is flan else (0.0, 1.0):
-            note(setting.name, str(share), setting, *trained(setting, recipe, "default", share, args.work))
-
-
-def show(table: str, label: str, scorings: dict) -> None:
-    for scoring, parts in scorings.items():
-        for part, numbers in parts.items():
-            shares = "/".join(f"{hit['share']:.1f}" for hit in numbers["hit"].values())
-            rest = f"  ECE {numbers['calibration_error']:.3f}  NLL {numbers['nll']:.3f}" if "nll" in numbers else ""
-            print(f"{table:8}{label:12}{scoring:14}{part:8}{shares}{rest}", flush=True)
+    run = Run(args.output, about)
+    held_out = without_fourths(flan48)
+    best, encoder = choose(run, held_out, args.work)
+    held = Held(held_out, {0.0: DEFAULT_ENCODER, 1.0: encoder})
+    measure(run, "flan48", flan48, RECIPES[best], (0.0, 1.0), held, args.work)
+    measure(run, "tasks", tasks, RECIPES[best], (0.0, 1.0), None, args.work)
+    measure(run, "flan48", flan48, RECIPES[best], (0.4,), held, args.work)
 
 
 if __name__ == "__main__":

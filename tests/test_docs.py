@@ -160,6 +160,12 @@ def test_the_table_of_the_lego_ablation_is_made_from_its_results():
     assert lego_units.report(results) in (ROOT / "docs" / "lego_units.md").read_text(encoding="utf-8")
 
 
+def test_the_tables_of_encoders_and_of_kinds_are_made_from_their_results():
+    retriever_report = script("retriever_report")
+    text = retriever_report.DOCUMENT.read_text(encoding="utf-8")
+    assert retriever_report.filled(text) == text
+
+
 RETRIEVAL_ROWS = {
     "BM25 over the example prompts": "bm25",
     "mean, as in LoraRetriever's code": "mean, as in the paper's code",

@@ -68,20 +68,38 @@ def measure(data: RetrievalData, embedder: Embedder | str | None = None, *, pape
 
 
 def hits(scores: Floats, own: NDArray[np.int64]) -> dict[str, dict[str, float]]:
-    """Share of rows with their own adapter among the first k, with a 95 % bootstrap interval over rows, in per cent.
+    """Share of rows with their own adapter among the first k, with a 95 % bootstrap interval over rows, in per cent."""
+    ranks = own_ranks(scores, own)
+    return {str(k): dict(zip(("share", "low", "high"), _interval(ranks < k), strict=True)) for k in KS}
+
+
+def gains(after: NDArray[np.int64], before: NDArray[np.int64]) -> dict[str, dict[str, float]]:
+    """What a share of hits gains from one way to rank the same rows to another, in points, with a paired interval.
+
+    Args:
+        after: rank of the own adapter of each row, (rows,), as `own_ranks` gives it.
+        before: the same of what it is compared with.
+    """
+    changes = {str(k): (after < k).astype(np.int64) - (before < k) for k in KS}
+    return {k: dict(zip(("points", "low", "high"), _interval(change), strict=True)) for k, change in changes.items()}
+
+
+def own_ranks(scores: Floats, own: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many adapters come before a row's own, (rows,).
 
     Of equals the earlier comes first, as in a search: a scoring that tells nothing apart finds nothing.
     """
     mine = scores[np.arange(len(own)), own][:, None]
     earlier = np.arange(scores.shape[1]) < own[:, None]
-    ranks = ((scores > mine) | ((scores == mine) & earlier)).sum(axis=1)
-    picked = np.random.default_rng(0).integers(0, len(own), size=(RESAMPLES, len(own)))
-    result = {}
-    for k in KS:
-        hit = ranks < k
-        low, high = np.percentile(hit[picked].mean(axis=1), [2.5, 97.5])
-        result[str(k)] = {"share": 100 * float(hit.mean()), "low": 100 * float(low), "high": 100 * float(high)}
-    return result
+    ranks: NDArray[np.int64] = ((scores > mine) | ((scores == mine) & earlier)).sum(axis=1)
+    return ranks
+
+
+def _interval(values: NDArray[Any]) -> tuple[float, float, float]:
+    """The mean of values and its 95 % bootstrap interval, in per cent."""
+    picked = np.random.default_rng(0).integers(0, len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[picked].mean(axis=1), [2.5, 97.5])
+    return 100 * float(values.mean()), 100 * float(low), 100 * float(high)
 
 
 def reliability(logs: Floats, own: NDArray[np.int64]) -> list[dict[str, float]]:

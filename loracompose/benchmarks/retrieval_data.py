@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,17 @@ def read_retrieval_data(folder: Path, *, examples: int = 20, seed: int = 0) -> R
             f"{folder} has neither profiles.jsonl with dev.jsonl nor <task>.train.jsonl with <task>.test.jsonl"
         )
     return _data(profiles, asked, folder)
+
+
+def with_profiles(data: RetrievalData, profiles: Mapping[str, tuple[str, ...]]) -> RetrievalData:
+    """The same prompts, to be found by other examples of the same adapters.
+
+    Raises:
+        ValueError: the adapters are not the same.
+    """
+    if set(profiles) != set(data.profiles):
+        raise ValueError(f"profiles of {sorted(profiles)} cannot stand for those of {sorted(data.profiles)}")
+    return replace(data, profiles={name: tuple(profiles[name]) for name in data.profiles})
 
 
 def read_rows(file: Path, owner: str) -> list[dict[str, Any]]:

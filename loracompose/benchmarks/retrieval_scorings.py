@@ -37,6 +37,29 @@ class Scorings:
     query_ms: float
 
 
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """What the channels read of a pool of adapters; `forms` is the spectrum of the shapes of their examples."""
+
+    spectra: Spectra
+    lexicon: Lexicon
+    forms: Spectrum
+
+
+def read_pool(texts: Sequence[Sequence[str]], groups: Sequence[NDArray[np.float32]]) -> Pool:
+    """The pool of adapters whose examples are these texts, with these features, each (examples, width)."""
+    spectra = Spectra(
+        *(Spectrum.of(Statistics.of([half(g) for g in groups], groups[0].shape[1] // 2)) for half in (whole, edges))
+    )
+    forms = Spectrum.of(Statistics.of([shapes(group) for group in texts], SHAPE_WIDTH))
+    return Pool(spectra, Lexicon.of(texts), forms)
+
+
+def split(data: RetrievalData, profiles: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """The features of all examples, adapter after adapter, (examples, width), as one array an adapter."""
+    return np.split(profiles, np.cumsum([len(group) for group in data.profiles.values()])[:-1])
+
+
 def embed(texts: Sequence[str], settings: Settings, embedder: Embedder) -> NDArray[np.float32]:
     """Features of the texts, (len(texts), width), made in order of length: less padding."""
     order = np.argsort([len(text) for text in texts], kind="stable")
@@ -55,16 +78,13 @@ def score(data: RetrievalData, profiles: NDArray[np.float32], queries: NDArray[n
         queries: features of the prompts, (rows, width).
     """
     texts = list(data.profiles.values())
-    groups = np.split(profiles, np.cumsum([len(group) for group in texts])[:-1])
+    groups = split(data, profiles)
     start = time.perf_counter()
-    width = profiles.shape[1] // 2
-    spectra = Spectra(*(Spectrum.of(Statistics.of([half(g) for g in groups], width)) for half in (whole, edges)))
-    lexicon = Lexicon.of(texts)
+    pool = read_pool(texts, groups)
     means = np.stack([representation(group, name) for name, group in zip(data.profiles, groups, strict=True)])
-    forms = Spectrum.of(Statistics.of([shapes(group) for group in texts], SHAPE_WIDTH))
-    held = hold_out(groups, spectra, lexicon, Shaped(forms, texts))
+    held = hold_out(groups, pool.spectra, pool.lexicon, Shaped(pool.forms, texts))
     fitted = choose(means, groups, held)
-    hybrid = fitted_hybrid(spectra, lexicon, forms, fitted)
+    hybrid = fitted_hybrid(pool.spectra, pool.lexicon, pool.forms, fitted)
     seconds = time.perf_counter() - start
     start = time.perf_counter()
     for i, prompt in enumerate(data.prompts):

@@ -13,12 +13,14 @@ from loracompose.benchmarks.retrieval import (
     PAPER,
     abstention,
     calibration_error,
+    gains,
     hits,
     is_the_papers,
     measure,
+    own_ranks,
     reliability,
 )
-from loracompose.benchmarks.retrieval_data import read_retrieval_data
+from loracompose.benchmarks.retrieval_data import read_retrieval_data, with_profiles
 from loracompose.benchmarks.retrieval_scorings import bm25
 from loracompose.cli import app
 from loracompose.cli.retrieval_tables import retrieval_tables, rounded
@@ -110,6 +112,29 @@ def test_hits_count_how_many_adapters_are_ahead():
 def test_a_scoring_that_tells_nothing_apart_finds_no_more_than_the_first_adapters():
     found = hits(np.zeros((10, 10)), np.arange(10))
     assert [found[str(k)]["share"] for k in KS] == [10.0 * k for k in KS]
+
+
+def test_a_gain_is_the_difference_of_hits_and_its_interval_is_paired():
+    rng = np.random.default_rng(0)
+    own = rng.integers(0, 10, size=200)
+    before, after = rng.normal(size=(200, 10)), rng.normal(size=(200, 10))
+    found = gains(own_ranks(after, own), own_ranks(before, own))
+    for k in map(str, KS):
+        assert found[k]["points"] == pytest.approx(hits(after, own)[k]["share"] - hits(before, own)[k]["share"])
+        assert found[k]["low"] < found[k]["points"] < found[k]["high"]
+    same = gains(own_ranks(after, own), own_ranks(after, own))
+    assert same["1"] == {"points": 0, "low": 0, "high": 0}  # intervals of two shares apart would not be of no width
+
+
+def test_other_profiles_stand_for_the_same_adapters_whatever_their_order(papers):
+    data = read_retrieval_data(papers)
+    others = {name: (f"about {name}",) for name in reversed(TASKS)}
+    changed = with_profiles(data, others)
+    assert list(changed.profiles) == list(data.profiles)
+    assert changed.profiles == others
+    assert changed.prompts == data.prompts
+    with pytest.raises(ValueError, match="cannot stand for"):
+        with_profiles(data, {"french": ("a",)})
 
 
 def test_separators_of_lines_within_a_prompt_are_part_of_it(papers):

@@ -87,5 +87,5 @@ def test_a_pass_with_gradients_may_follow_one_in_inference_mode(form):
             first = module(x)
         second = module(x.requires_grad_())
         second.sum().backward()
-    assert torch.equal(first, second.detach())
+    assert torch.allclose(first, second.detach(), rtol=0, atol=1e-12)  # another form where gradients flow
     assert x.grad is not None

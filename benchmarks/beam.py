@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from loracompose import Engine, __version__
+from loracompose.durable import write_whole
 from loracompose.training.adapter import TrainingReport, train_adapter
 from loracompose.training.beam_settings import BeamSettings
 from loracompose.training.recipe import Recipe
@@ -145,9 +146,7 @@ def write(output: Path, results: list[dict[str, Any]]) -> None:
     }
     methods = [name for name in METHODS if name != "lora"]
     compared = {f"{name} - lora": compare(results, name) for name in methods}
-    aside = output.with_suffix(".part")
-    aside.write_text(json.dumps({"about": about, "compared": compared, "results": results}, indent=1) + "\n")
-    aside.replace(output)
+    write_whole(output, json.dumps({"about": about, "compared": compared, "results": results}, indent=1) + "\n")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from loracompose.benchmarks.speed.measure import machine
 from loracompose.benchmarks.speed.rounds import summary
 from loracompose.benchmarks.speed.ways import Ours
 from loracompose.composers import get_composer
+from loracompose.durable import write_whole
 from loracompose.models import load_base
 from loracompose.runtime.attach import attach
 
@@ -82,7 +83,7 @@ def main() -> None:
         "machine": machine(base.device),
         "ways": measure(base.model, given.steps),
     }
-    given.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(given.output, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

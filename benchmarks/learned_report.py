@@ -9,7 +9,8 @@ import json
 import math
 from pathlib import Path
 
-from loracompose.evaluation.results import read_results, write_whole
+from loracompose.durable import write_whole
+from loracompose.evaluation.results import read_results
 from loracompose.evaluation.statistics import Estimate, Scores
 from loracompose.marked import fill
 

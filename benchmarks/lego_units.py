@@ -28,6 +28,7 @@ from loracompose.composers.fusion import Fusion
 from loracompose.composers.lego import Lego
 from loracompose.composers.linear import Linear
 from loracompose.composers.mixture import Mixture
+from loracompose.durable import write_whole
 
 REFERENCE = "lego raw k=r"
 
@@ -134,9 +135,7 @@ def run(engine: Engine, asked: list[dict[str, str]], pool: str, done: dict[str, 
             "base": engine.base.name,
             "dtype": str(engine.base.dtype),
         }
-        aside = output.with_suffix(".part")
-        aside.write_text(json.dumps({"about": about, "results": list(done.values())}, indent=1) + "\n")
-        aside.replace(output)
+        write_whole(output, json.dumps({"about": about, "results": list(done.values())}, indent=1) + "\n")
 
 
 def main() -> None:

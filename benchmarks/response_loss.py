@@ -30,7 +30,7 @@ from loracompose.composers import Composer, get_composer
 from loracompose.composers.mixture import Mixture
 from loracompose.composition.bank import RankBank, gather_banks
 from loracompose.composition.router import Router, load_router
-from loracompose.evaluation.results import write_whole
+from loracompose.durable import write_whole
 from loracompose.models import DEFAULT_BASE, BaseModel, load_base
 from loracompose.prompts import user_text
 from loracompose.retrieval.retriever import Retriever

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loracompose.evaluation.results import write_whole
+from loracompose.durable import write_whole
 from loracompose.evaluation.statistics import Estimate, Scores
 from loracompose.marked import fill
 

@@ -19,7 +19,6 @@ the choice, and from training too.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import time
@@ -36,9 +35,10 @@ import loracompose
 from loracompose.benchmarks.crossed import fitted_on, without_fourths
 from loracompose.benchmarks.kept import KeptEmbedder
 from loracompose.benchmarks.retrieval import PAPER, calibration_error, gains, hits, own_ranks, reliability
-from loracompose.benchmarks.retrieval_data import RetrievalData, read_retrieval_data, with_profiles
+from loracompose.benchmarks.retrieval_data import RetrievalData, read_arguments, read_retrieval_data, with_profiles
 from loracompose.benchmarks.retrieval_scorings import Floats, embed, read_pool, score, split
 from loracompose.cli.retrieval_tables import rounded
+from loracompose.durable import write_whole
 from loracompose.locating import DEFAULT_ENCODER
 from loracompose.retrieval.embedding import INSTRUCTION, SentenceTransformerEmbedder
 from loracompose.retrieval.encoder_recipe import EncoderRecipe
@@ -181,9 +181,7 @@ class Run:
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
-        aside = self.output.with_suffix(".part")
-        aside.write_text(json.dumps(rounded(self.result), indent=1) + "\n", encoding="utf-8")
-        aside.replace(self.output)
+        write_whole(self.output, json.dumps(rounded(self.result), indent=1) + "\n")
 
 
 def choose(run: Run, data: RetrievalData, work: Path) -> tuple[str, str]:
@@ -225,13 +223,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("flan48", type=Path)
-    parser.add_argument("tasks", type=Path)
-    parser.add_argument("pool", type=Path)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    args = parser.parse_args()
+    args = read_arguments(__doc__)
 
     flan48 = read_retrieval_data(args.flan48)
     tasks = thinned(with_profiles(read_retrieval_data(args.tasks), read_profiles(args.pool)))

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loracompose.durable import write_whole
 from loracompose.marked import fill
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +98,7 @@ def filled(text: str) -> str:
 
 def main() -> None:
     """Fill the document."""
-    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    write_whole(DOCUMENT, filled(DOCUMENT.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loracompose.evaluation.results import write_whole
+from loracompose.durable import write_whole
 from loracompose.evaluation.sensitivity import STUDIES, Curve, read_curves, study_of
 from loracompose.evaluation.sensitivity_figure import sensitivity
 from loracompose.evaluation.summary import interval

@@ -17,11 +17,9 @@ Nothing is chosen on the prompts that are searched.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +28,10 @@ from sklearn.cluster import AgglomerativeClustering
 import loracompose
 from loracompose.benchmarks.kept import KeptEmbedder
 from loracompose.benchmarks.retrieval import gains, hits, own_ranks
-from loracompose.benchmarks.retrieval_data import RetrievalData, read_retrieval_data, with_profiles
+from loracompose.benchmarks.retrieval_data import RetrievalData, read_arguments, read_retrieval_data, with_profiles
 from loracompose.benchmarks.retrieval_scorings import Floats, embed, read_pool
 from loracompose.cli.retrieval_tables import rounded
+from loracompose.durable import write_whole
 from loracompose.retrieval.discriminant import Discriminant, Statistics
 from loracompose.retrieval.embedding import INSTRUCTION, SentenceTransformerEmbedder, edges, representation, whole
 from loracompose.retrieval.fitting import Fitted, Shaped, choose, fitted_hybrid, hold_out
@@ -226,13 +225,7 @@ def measure(pool: Merged, size: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("flan48", type=Path)
-    parser.add_argument("tasks", type=Path)
-    parser.add_argument("pool", type=Path)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    args = parser.parse_args()
+    args = read_arguments(__doc__)
     embedder = KeptEmbedder(SentenceTransformerEmbedder(batch_size=16), args.work / "embeddings")
     settings = Settings(embedder.name, embedder.revision, embedder.dimension, INSTRUCTION)
     tasks = with_profiles(read_retrieval_data(args.tasks), read_profiles(args.pool))
@@ -246,9 +239,7 @@ def main() -> None:
             rows = {part: int(here.sum()) for part, here in pool.parts.items()}
             entry = {"adapters": len(pool.texts), "rows": rows, "ways": found}
             result["pools"].setdefault(name, {})[str(size)] = entry
-            aside = args.output.with_suffix(".part")
-            aside.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
-            aside.replace(args.output)
+            write_whole(args.output, json.dumps(rounded(result), indent=1) + "\n")
             for way, of in found.items():
                 shares = {part: round(numbers["hit"]["1"]["share"], 1) for part, numbers in of["parts"].items()}
                 print(name, size, way, of["adapters split"], "split", shares, flush=True)

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loracompose.durable import write_whole
 from loracompose.marked import fill
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +134,7 @@ def main() -> None:
     """Fill the documents."""
     for document in DOCUMENTS:
         file = ROOT / document
-        file.write_text(filled(document, file.read_text(encoding="utf-8")), encoding="utf-8")
+        write_whole(file, filled(document, file.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

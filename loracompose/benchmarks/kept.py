@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loracompose.durable import whole_file
 from loracompose.retrieval.embedding import Embedder
 
 BATCH = 256
@@ -52,13 +52,9 @@ class KeptEmbedder:
 
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._file.with_name(f".{self._file.name}")
         keys = np.frombuffer(b"".join(self._known), dtype=np.uint8).reshape(len(self._known), -1)
-        with aside.open("wb") as out:
+        with whole_file(self._file) as out:
             np.savez(out, keys=keys, vectors=np.stack(list(self._known.values())))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(aside, self._file)
 
 
 def _key(text: str) -> bytes:

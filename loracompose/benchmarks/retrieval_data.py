@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from collections.abc import Mapping
@@ -105,3 +106,14 @@ def _data(profiles: Mapping[str, tuple[str, ...]], asked: list[tuple[str, str, b
         raise ValueError(f"{folder}: {len(asked)} rows to ask; no profiles for {sorted(unknown)}")
     names, prompts, unseen = zip(*asked, strict=True)
     return RetrievalData(profiles, tuple(prompts), np.array([place[name] for name in names]), np.array(unseen))
+
+
+def read_arguments(description: str | None) -> argparse.Namespace:
+    """The command line of a script that measures on both collections: flan48, tasks, pool, --work and --output."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("flan48", type=Path, help="folder with profiles.jsonl and dev.jsonl")
+    parser.add_argument("tasks", type=Path, help="folder of TASK.test.jsonl")
+    parser.add_argument("pool", type=Path, help="folder of adapters, with cards, of the tasks")
+    parser.add_argument("--work", type=Path, required=True, help="folder for what a stopped run goes on with")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
+    return parser.parse_args()

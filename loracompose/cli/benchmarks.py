@@ -12,6 +12,7 @@ from loracompose.cli import options, speed, tables
 from loracompose.cli.errors import Commands
 from loracompose.cli.quiet import quiet_loading
 from loracompose.cli.retrieval_tables import retrieval_tables, rounded
+from loracompose.durable import write_whole
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure, and write the numbers down.")
 
@@ -38,7 +39,7 @@ def crash(
         task = progress.add_task("killing", total=kills)
         report = crash_test(kills, seed, by_clock=by_clock, tick=lambda: progress.advance(task))
     if output is not None:
-        output.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(output, json.dumps(report.as_dict(), indent=2) + "\n")
     if as_json:
         tables.show_json(report.as_dict())
     else:
@@ -67,7 +68,7 @@ def retrieval(
         result = measure(found, encoder, paper=is_the_papers(data))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
+        write_whole(output, json.dumps(rounded(result), indent=1) + "\n")
     if figure is not None:
         draw(result, figure)
     if as_json:
@@ -106,12 +107,11 @@ def scale(
         pools.append(pool)
         result = result_of(pools, output)
         if output is not None:  # after each size, for the next takes long
-            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_whole(output, json.dumps(result, indent=1) + "\n")
     if figure is not None:
         draw(result, figure)
     if table is not None:
-        text = fill(table.read_text(encoding="utf-8"), {BLOCK: markdown(result)})
-        table.write_text(text, encoding="utf-8")
+        write_whole(table, fill(table.read_text(encoding="utf-8"), {BLOCK: markdown(result)}))
     if as_json:
         tables.show_json(result)
         return

@@ -165,9 +165,10 @@ def report(
     as_json: options.AsJson = False,
 ) -> None:
     """Show results, write the HTML report, or bring the tables of documents up to date."""
+    from loracompose.durable import write_whole
     from loracompose.evaluation import guide as choosing
     from loracompose.evaluation.report import write_report
-    from loracompose.evaluation.results import read_results, write_whole
+    from loracompose.evaluation.results import read_results
     from loracompose.evaluation.sensitivity import read_curves
     from loracompose.evaluation.summary import BLOCK, markdown, summarise
     from loracompose.marked import fill

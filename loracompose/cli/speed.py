@@ -13,6 +13,7 @@ from rich.table import Table
 
 from loracompose.cli import options, tables
 from loracompose.cli.quiet import quiet_loading
+from loracompose.durable import write_whole
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")]
 Rounds = Annotated[int, typer.Option(help="Measurements of each way.")]
@@ -155,7 +156,7 @@ def _tell(as_json: bool) -> Callable[[str], None]:
 def _deliver(result: Mapping[str, Any], output: Path | None, as_json: bool, made: list[Table]) -> None:
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(significant(result), indent=1) + "\n", encoding="utf-8")
+        write_whole(output, json.dumps(significant(result), indent=1) + "\n")
     if as_json:
         tables.show_json(significant(result))
         return

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from loracompose.durable import write_whole
 from loracompose.evaluation import figures
 from loracompose.evaluation.protocols import PROTOCOLS
-from loracompose.evaluation.results import ProtocolResult, Results, write_whole
+from loracompose.evaluation.results import ProtocolResult, Results
 from loracompose.evaluation.summary import Summary, interval, milliseconds, summarise
 
 PAGE = """<!doctype html>

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from loracompose.durable import write_whole
 
 FORMAT = 1
 
@@ -106,19 +107,6 @@ def read_results(file: str | Path) -> Results:
         return Results(content["settings"], content["pool"], content["versions"], protocols)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no results of an evaluation ({error!r}); run it again") from error
-
-
-def write_whole(target: Path, text: str) -> None:
-    """Write a file aside, bring it to the disk, and put it in its place."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def to_json(content: Mapping[str, Any]) -> str:

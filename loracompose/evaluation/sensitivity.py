@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loracompose.evaluation.results import Results, to_json, write_whole
+from loracompose.durable import write_whole
+from loracompose.evaluation.results import Results, to_json
 from loracompose.evaluation.statistics import Comparison, Estimate, Scores
 
 FORMAT = 1

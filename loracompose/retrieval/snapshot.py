@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,6 +19,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from loracompose.durable import whole_file
 from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog, Entry, Settings
 from loracompose.retrieval.discriminant import Spectrum, Statistics
@@ -140,15 +139,8 @@ def _keep_vectors(catalog: Catalog, generation: int, file: Path, vectors: Any) -
 
 def _write_vectors(file: Path, vectors: Any) -> str:
     content = faiss.serialize_index(vectors).tobytes()
-    aside = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        with aside.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(file) as out:
+        out.write(content)
     return hashlib.sha256(content).hexdigest()
 
 

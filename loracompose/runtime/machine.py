@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from loracompose.durable import write_whole
 from loracompose.unpacking import cache_folder
 
 # Raised when what is measured changes; part of the file's name, so that older measurements are left alone.
@@ -89,16 +88,7 @@ def save_machine(machine: Machine, device: torch.device, dtype: torch.dtype) -> 
     """Keep a measurement; the file appears in one step, complete."""
     file = machine_file(device, dtype)
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(asdict(machine), stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(aside).chmod(0o644)  # mkstemp writes for the owner alone; a cache may be shared
-        Path(aside).rename(file)
-    finally:
-        Path(aside).unlink(missing_ok=True)
+    write_whole(file, json.dumps(asdict(machine), indent=1))
     return file
 
 

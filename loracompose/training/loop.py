@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loracompose.durable import whole_file
 from loracompose.training.batches import batch_plan, response_loss
 from loracompose.training.data import EncodedExample
 from loracompose.training.recipe import Recipe
@@ -161,12 +161,8 @@ def _save(
         "method": None if method is None else method.state(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".writing")
-    with aside.open("wb") as stream:
+    with whole_file(path) as stream:
         torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
 
 
 def _restore(

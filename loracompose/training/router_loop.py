@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from loracompose.composers.base import LearnedComposer
 from loracompose.composition.bank import RankBank
 from loracompose.composition.router import Router
+from loracompose.durable import whole_file
 from loracompose.runtime.attach import attach, model_lock
 from loracompose.training.batches import response_loss
 from loracompose.training.data import EncodedExample
@@ -192,12 +192,8 @@ class RouterLoop:
     def _save(self, path: Path, identity: str) -> None:
         state = {"identity": identity, "tensors": self._values(), "optimizer": self._optimizer.state_dict()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".writing")
-        with aside.open("wb") as stream:
+        with whole_file(path) as stream:
             torch.save({**state, "progress": vars(self.progress)}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(path)
 
     def _restore(self, path: Path, identity: str) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -21,7 +21,7 @@ from loracompose.composition.settings import check_choice, check_count, check_ro
 GRANULARITIES = ("matrix", "network")
 DEFAULTS: Mapping[str, Any] = MappingProxyType({"granularity": "matrix", "depth": 1, "width": 2048})
 Layers = tuple[tuple[Tensor, Tensor], ...]  # weight and bias of each
-STATES, FEATURES = "xlora.states", "xlora.features"  # of the pass: what the trunk read last, and made of it
+STATES, FEATURES = "xlora.states.", "xlora.features."  # of the pass: what the trunk read, and made of it
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,10 @@ class XloraGate:
 
     def _features(self, states: Tensor, scratch: dict[str, Tensor]) -> Tensor:
         """f(h), (batch, seq, width), made once for the modules of a pass that read the same tokens."""
-        if scratch.get(STATES) is not states:
+        place = str(id(states))  # of a tensor that is kept as long, so nobody else has it
+        if FEATURES + place not in scratch:
             features = states.to(self.weight.dtype)
             for U, b in self.trunk:
                 features = torch.relu(features @ U.mT + b)
-            scratch[STATES], scratch[FEATURES] = states, features
-        return scratch[FEATURES]
+            scratch[STATES + place], scratch[FEATURES + place] = states, features
+        return scratch[FEATURES + place]

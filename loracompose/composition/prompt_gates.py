@@ -34,6 +34,8 @@ def fit_rows(values: Tensor, rows: int) -> Tensor:
     Raises:
         ValueError: neither number is a multiple of the other.
     """
+    if rows == len(values):
+        return values
     if rows % len(values) == 0:
         return values.repeat_interleave(rows // len(values), dim=0)
     if len(values) % rows == 0:

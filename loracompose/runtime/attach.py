@@ -35,7 +35,8 @@ def attach(
 
     Outside the block the model is bit-identical to the model before it, after success and after an exception. No
     module is replaced and no weight is written to; only in the form "folded" modules run with a weight of ours, and
-    get their own back. Blocks may be nested; each removes its own hooks.
+    get their own back. Blocks may be nested, but for gates that ask for the bare base's states; each removes its own
+    hooks. Hooks that others put on modules inside of the block may see outputs to which the delta is added afterwards.
 
     Args:
         model: the base model.
@@ -56,8 +57,9 @@ def attach(
 
     Raises:
         LookupError: the model has no module of that path.
-        ValueError: a delta does not fit its module's shape, the module takes no (batch, seq, width) input, or
-            a delta cannot have the form that is forced.
+        ValueError: a delta does not fit its module's shape, the module takes no (batch, seq, width) input,
+            a delta cannot have the form that is forced, or a gate asks for the bare base's states and another block
+            is on the model.
     """
     check_form(form)
     modules = {path: resolve(model, path) for path in deltas}
@@ -65,6 +67,7 @@ def attach(
         check_fit(path, module, deltas[path])
     ready = {path: on_module(delta, modules[path]) for path, delta in deltas.items()}
     first = FirstPass(model) if any(asks_base(delta.gate) for delta in deltas.values()) else None
+    check_nesting(model, first)
     # what is folded into the weights would act in a pass of the bare base too
     assembly = Assembly(modules, ready, form, tokens if first is None else None, machine)
     inside, beside, weights = assembly.split()
@@ -92,6 +95,17 @@ def attach(
         hooks.callback(request.product.close)
         hooks.enter_context(folded(modules, inside))
         yield request
+
+
+def check_nesting(model: nn.Module, first: FirstPass | None) -> None:
+    """Raise if the base would not be bare in a first pass: this block's, or that of a block around it."""
+    around = [getattr(hook, "__self__", None) for hook in model._forward_hooks.values()]
+    others = [request for request in around if isinstance(request, Attachment)]
+    if others and (first is not None or any(other.first is not None for other in others)):
+        raise ValueError(
+            "a gate that asks for the bare base's states cannot share its model with another attach: what either adds "
+            "would not be told from the base; put all deltas into one attach"
+        )
 
 
 # Hooks are put on the model, so whoever generates must have it alone, whichever engine asks. Not state of the

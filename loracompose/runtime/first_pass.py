@@ -41,6 +41,7 @@ class FirstPass:
         self.running = False
         self.states: Tensor | None = None
         self.encoder_states: Tensor | None = None
+        self._adapted: Tensor | None = None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -60,9 +61,8 @@ class FirstPass:
         given = {name: value for name, value in kwargs.items() if name not in ASKED}
         if (cache := kwargs.get("past_key_values")) is not None:
             given["past_key_values"] = self._of_base(cache)
-        if (adapted := kwargs.get("encoder_hidden_states")) is not None and self.encoder_states is not None:
-            self.encoder_states = fit_rows(self.encoder_states, adapted.shape[0])  # a prompt once for each of its beams
-            given["encoder_hidden_states"] = self.encoder_states
+        if (adapted := kwargs.get("encoder_hidden_states")) is not None:
+            self.encoder_states = given["encoder_hidden_states"] = self._of_encoder(adapted)
         self.running = True
         try:
             with torch.no_grad():
@@ -72,6 +72,16 @@ class FirstPass:
         self.states, self._base_cache = output.last_hidden_state, getattr(output, "past_key_values", None)
         if part is self._encoder:
             self.encoder_states = self.states
+
+    def _of_encoder(self, adapted: Tensor) -> Tensor:
+        """The base's states of the very text that the decoder is given, a prompt once for each of its beams."""
+        rows, made = adapted.shape[0], self._adapted
+        if made is None or self.encoder_states is None or not torch.equal(fit_rows(made, rows), adapted):
+            raise ValueError(
+                "the decoder is given other encoder states than those that the encoder made last in this block: the "
+                "base's own are not known; run the encoder right before, in the same block"
+            )
+        return fit_rows(self.encoder_states, rows)
 
     def _of_base(self, cache: Cache) -> Cache:
         """The base's own keys and values."""
@@ -86,6 +96,8 @@ class FirstPass:
         )
 
     def _after(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if part is self._encoder:
+            self._adapted = output[0]
         cache = kwargs.get("past_key_values")
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         base, self._base_cache = self._base_cache, None

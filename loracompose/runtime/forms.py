@@ -48,11 +48,19 @@ class GroupBank:
     B: tuple[Tensor, ...]
 
     @classmethod
-    def build(cls, deltas: Sequence[LowRankDelta], use: RowUse) -> GroupBank:
-        """Put together the ranks of static deltas of linear modules that some row uses."""
+    def build(cls, deltas: Sequence[LowRankDelta], use: RowUse, *, copied: bool = False) -> GroupBank:
+        """Put together the ranks of static deltas of linear modules that some row uses.
+
+        Args:
+            deltas: one a module.
+            use: which rows use what.
+            copied: whether nothing may be memory of the deltas, which gradients need if they are inference tensors.
+        """
         A = [_rows(d.A, used) for d, used in zip(deltas, use.used, strict=True)]
         B = [_rows(d.B.mT, used) for d, used in zip(deltas, use.used, strict=True)]
-        return cls(use, A[0] if len(A) == 1 else torch.cat(A), tuple(bank.contiguous() for bank in B))
+        if copied:
+            return cls(use, torch.cat(A), tuple(bank.clone(memory_format=torch.contiguous_format) for bank in B))
+        return cls(use, A[0].contiguous() if len(A) == 1 else torch.cat(A), tuple(bank.contiguous() for bank in B))
 
     @property
     def banks(self) -> tuple[Tensor, ...]:

@@ -35,7 +35,7 @@ class GroupedForm:
             own.append(in_B[-1].shape[1])
         ends = torch.tensor(own).cumsum(0).tolist()
         self._parts = tuple(slice(end - width, end) for end, width in zip(ends, own, strict=True))
-        self._A, *self._B = bank.closed()
+        self._A, self._B = bank.A, bank.B  # no rank of zeros: the kernels leave out what is not live
         self._row_of = bank.use.row_of.to(place)
         self._in_A, self._in_B = torch.cat(in_A, dim=1).to(place), torch.cat(in_B, dim=1).to(place)
         self._scale, self._live = torch.cat(scale, dim=1).to(place, torch.float32), torch.cat(live, dim=1).to(place)
@@ -45,6 +45,6 @@ class GroupedForm:
         return self._kernels.shrink(x, self._A, self._row_of, self._in_A, self._live)
 
     def add(self, member: int, h: Tensor, output: Tensor, *, own: bool) -> Tensor:
-        """Output + h B, of one module."""
+        """Output + h B, of one module, as a tensor of its own in any case."""
         B, part = self._B[member], self._parts[member]
         return self._kernels.expand(h, B, self._row_of, self._in_B, self._scale, self._live, part, output)

@@ -101,7 +101,7 @@ def gated_group(deltas: Mapping[str, LowRankDelta], slot: OpenProduct) -> dict[s
 class StaticGroup:
     """Runs the static deltas of linear modules that read the same input, in the form that each pass needs.
 
-    Forms are built at their first use. Those of decoding steps are kept, so that a step allocates nothing; a gathered
+    Forms are built at their first use. Those of decoding steps are kept, so that a step gathers nothing; a gathered
     form that only a pass of many tokens wants is dropped with the pass, since it may be larger than the model.
     """
 
@@ -135,11 +135,12 @@ class StaticGroup:
         self._shared = SharedInput(deltas, slot, self._shrink)
         self._alone: dict[str, StaticGroup] = {}
         self._bank: GroupBank | None = None
+        self._copied = False
         self._kept: dict[Form, BankForm] = {}
         widths = [delta.A.shape[-1] + delta.B.shape[-2] for delta in deltas.values()]
         self._numbers = sum(len(used) * width for used, width in zip(self._use.used, widths, strict=True))
         self._own = sum(widest * width for widest, width in zip(self._use.widest, widths, strict=True))
-        self._itemsize = next(iter(deltas.values())).A.itemsize
+        self._dtype = next(iter(deltas.values())).A.dtype
 
     def add(self, path: str, output: Tensor, x: Tensor) -> Tensor:
         """The output of one module, (batch * times, seq, d_out), with what its delta adds.
@@ -155,6 +156,7 @@ class StaticGroup:
             return self._alone[path].add(path, output, x)
         prepared, h = product
         own = path in self._writable and output.is_contiguous() and not torch.is_grad_enabled()
+        own = own and output.dtype == self._dtype  # which autocast changes, but not inside of what is done in place
         return prepared.add(self._member[path], h, output, own=own)
 
     def _part(self, path: str) -> StaticGroup:
@@ -175,13 +177,16 @@ class StaticGroup:
 
     def _form(self, rows: int, seq: int) -> BankForm:
         kind, gradients = self._choose(rows, seq), torch.is_grad_enabled()
+        if gradients and not self._copied:
+            self._bank, self._copied = None, True
+            self._kept.clear()
         kept = self._kept.get(kind)
         if kept is not None and not (gradients and isinstance(kept, GroupedForm)):  # the kernels have no backward
             return kept
         # What is made in inference mode could not be used outside of it, where an attachment may still run.
         with torch.inference_mode(False), torch.no_grad():
             if self._bank is None:
-                self._bank = GroupBank.build(list(self._deltas.values()), self._use)
+                self._bank = GroupBank.build(list(self._deltas.values()), self._use, copied=self._copied)
             form = self._build(kind, self._bank, seq, gradients)
         if kept is None and (seq == 1 or kind == "shared" or isinstance(form, GroupedForm)):
             self._kept[kind] = form
@@ -193,7 +198,8 @@ class StaticGroup:
         if not gradients and kernels_run(bank.A.device, bank.A.dtype):
             return GroupedForm(bank)
         # Gradients would read a workspace when it holds another form.
-        if seq > 1 and not gradients and bank.A.device.type == "cpu":
+        on_cpu = bank.A.device.type == "cpu" and not torch.is_autocast_enabled("cpu")  # it works in place
+        if seq > 1 and not gradients and on_cpu:
             # This form is not kept: it is reached through the slot alone, which holds one product at a time.
             return SegmentedForm(bank, self._workspace)
         return GatheredForm(bank)
@@ -203,7 +209,7 @@ class StaticGroup:
             return self._form_wanted
         if self._use.distinct == 1:
             return "shared"
-        use, size = self._use, self._itemsize
+        use, size = self._use, self._dtype.itemsize
         return choose_form(rows, seq, self._numbers, self._own, size, distinct=use.distinct, machine=self._machine)
 
 

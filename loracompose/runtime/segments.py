@@ -35,7 +35,7 @@ class SegmentedForm:
         runs = [(composition, len(list(rows))) for composition, rows in groupby(use.row_of.tolist())]
         self._batch, self._rows = use.batch, tuple(rows for _, rows in runs)
         order = tuple(composition for composition, _ in runs)
-        weights = [of_module.numpy() for of_module in use.weights]
+        weights = [of_module.double().numpy() for of_module in use.weights]  # numpy has no bfloat16
         own = [[np.flatnonzero(row) for row in of_module] for of_module in weights]  # module, composition: ranks
         starts = [0, *accumulate(bank.ranks)]
         of_all = list(zip(*own, strict=True))  # composition, module: ranks

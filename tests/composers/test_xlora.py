@@ -115,13 +115,14 @@ def test_some_of_the_routers_adapters_alone_are_what_they_are_among_all():
 
 def test_the_trunk_is_run_once_for_all_modules_that_read_the_same_tokens():
     scratch: dict[str, Tensor] = {}
-    deltas, x, h, made = composed(Xlora(learned(Xlora, depth=2, width=4))), inputs(), states(), []
-    for path in MODULES:
-        deltas[path](x[path], GateContext(path, scratch=scratch, base_states=h))
-        made.append(scratch["xlora.features"])
-    assert all(features is made[0] for features in made)
-    deltas[Q0](x[Q0], GateContext(Q0, scratch=scratch, base_states=2 * h))
-    assert not torch.equal(scratch["xlora.features"], made[0])
+    deltas, x, h = composed(Xlora(learned(Xlora, depth=2, width=4))), inputs(), states()
+    other, kept = 2 * h, []
+    for path in (*MODULES, *MODULES):
+        for read in (h, other):  # as in the decoder of an encoder-decoder
+            deltas[path](x[path], GateContext(path, scratch=scratch, base_states=read))
+        kept.append({name: id(value) for name, value in scratch.items()})
+    assert len(kept[0]) == 4  # two states, and what was made of each
+    assert all(held == kept[0] for held in kept)
 
 
 # ---------------------------------------------------------------- inside a model

@@ -66,6 +66,38 @@ def test_hooks_of_others_survive():
     assert list(model.get_submodule(Q)._forward_hooks) == [handle.id]
 
 
+@pytest.mark.parametrize("form", ["auto", "shared", "gathered"])
+@pytest.mark.parametrize("seq", [1, 4])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_and_autocast_give_what_float32_gives_up_to_rounding(form: Any, seq: int, autocast: bool):
+    module, x = nn.Linear(12, 9), torch.randn(3, seq, 12, generator=torch.Generator().manual_seed(2))
+    deltas = {"0": random_delta(weights=torch.eye(5)[:3]).to(torch.device("cpu"), torch.float32)}
+    with torch.no_grad():
+        with attach(nn.Sequential(module), deltas, form=form):
+            want = module(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                got = module(x)
+        if not autocast:
+            low = copy.deepcopy(module).bfloat16()
+            with attach(nn.Sequential(low), deltas, form=form):
+                got = low(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert laws.distance(got.double(), want.double()) < 0.05
+
+
+def test_deltas_made_in_inference_mode_let_gradients_through_in_every_form():
+    module = nn.Linear(12, 9).double()
+    with torch.inference_mode():
+        deltas = {"0": random_delta(weights=1.0 + torch.arange(15.0).view(3, 5).double())}  # all ranks, as they stand
+    for form in ("shared", "gathered"):
+        x = torch.randn(3, 4, 12, dtype=torch.float64, requires_grad=True)
+        with attach(nn.Sequential(module), deltas, form=form):
+            with torch.inference_mode():
+                module(x.detach())
+            module(x).sum().backward()
+        assert x.grad is not None
+
+
 def test_whoever_saw_a_modules_output_first_keeps_it_as_it_was():
     model, seen, kept = copy.deepcopy(laws.base("llama")), [], []
     model.get_submodule(Q).register_forward_hook(lambda module, args, output: seen.append(output))

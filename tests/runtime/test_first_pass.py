@@ -102,6 +102,34 @@ def test_each_module_of_an_encoder_decoder_is_told_of_the_tokens_that_it_reads()
         assert torch.equal(states, want)
 
 
+def test_a_decoder_that_is_given_another_text_than_the_encoder_read_last_is_refused():
+    model, (deltas, _), decoder = laws.base("t5"), asking("t5"), torch.tensor([[0, 7, 8], [0, 9, 2]])
+    other = {**INPUTS, "input_ids": INPUTS["input_ids"].flip(1)}
+    with torch.no_grad():
+        before = model.get_encoder()(**INPUTS)
+        with attach(model, deltas):
+            with pytest.raises(ValueError, match="other encoder states"):
+                model(encoder_outputs=before, decoder_input_ids=decoder)
+            first = model.get_encoder()(**INPUTS)
+            mask = INPUTS["attention_mask"]
+            want = model(encoder_outputs=first, attention_mask=mask, decoder_input_ids=decoder).logits
+            model.get_encoder()(**other)
+            with pytest.raises(ValueError, match="other encoder states"):
+                model(encoder_outputs=first, decoder_input_ids=decoder)
+            again = model(**INPUTS, decoder_input_ids=decoder).logits
+    assert torch.equal(again, want)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_gate_that_asks_shares_its_model_with_no_other_block(first: int):
+    model = laws.base("llama")
+    blocks = [asking("llama")[0], asking("llama", asks=False)[0]]
+    blocks = [blocks[first], blocks[1 - first]]
+    with attach(model, blocks[0]), pytest.raises(ValueError, match="another attach"), attach(model, blocks[1]):
+        pass
+    assert not model._forward_hooks
+
+
 @pytest.mark.parametrize("on", laws.BASES)
 def test_caches_are_left_as_the_model_alone_would_leave_them_and_serve_within_the_block(on: str):
     model, (deltas, _), T = laws.base(on), asking(on), {"t5": "decoder_input_ids"}.get(on, "input_ids")
@@ -139,7 +167,6 @@ def test_any_kind_of_cache_that_is_given_empty_serves(make):
 
 
 def test_asked_for_its_hidden_states_the_model_gives_those_of_the_second_pass_alone():
-    composer, model = laws.ROWS["xlora"].settings[0], copy.deepcopy(laws.base("llama"))  # transformers leaves hooks
     composer, model = laws.ROWS["xlora"].settings[0], copy.deepcopy(laws.base("llama"))  # transformers leaves hooks
     deltas = laws.compose_rows(composer, laws.hostile_adapters(), laws.BATCH[:2])
     with torch.no_grad(), attach(model, deltas):

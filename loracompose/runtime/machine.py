@@ -14,7 +14,9 @@ from loracompose.durable import write_whole
 from loracompose.unpacking import cache_folder
 
 # Raised when what is measured changes; part of the file's name, so that older measurements are left alone.
-FORMAT = 1
+FORMAT = 2
+
+BEYOND_CACHES = 2**28  # bytes: a step reads the whole model between two uses of a bank, so banks come from memory
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Machine:
     """Rates that the plan counts with. The defaults are of no machine: only their ratios matter, and they never change.
 
     Attributes:
-        bandwidth: bytes read a second.
+        bandwidth: bytes read a second from memory, beyond all caches.
         small_gemm: operations a second of one product of a few tokens, as in decoding.
         large_gemm: of one product of many tokens, as in a prefill.
         small_bmm: operations a second of one product per row, of one token each.
@@ -103,7 +105,7 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=place, dtype=dtype)
 
-    large = numbers(2**24 // dtype.itemsize)  # 16 MB, more than the caches near a core
+    large = torch.ones(BEYOND_CACHES // dtype.itemsize, device=place, dtype=dtype)
     wide, ranks, rows = 1024, 64, 16
     A, A_rows = numbers(wide, ranks), numbers(rows, wide, ranks)
     few, many = numbers(rows, wide), numbers(1024, wide)

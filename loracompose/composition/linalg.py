@@ -19,7 +19,10 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def factored_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of B @ A by QR of both factors and an SVD of the small core.
+    """Thin SVD of B @ A by QR of both factors and an SVD of the small core, which is made in float64.
+
+    In single precision the core would lose most: where two singular values lie close together, its rounding turns
+    their directions, and a truncation between them keeps another one. The core is small, so this costs little.
 
     Args:
         A: (..., r, d_in).
@@ -32,8 +35,9 @@ def factored_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = working_dtype(A, B)
     Qb, Rb = torch.linalg.qr(B.to(dtype))  # (..., d_out, p), (..., p, r)
     Qa, Ra = torch.linalg.qr(A.to(dtype).mT)  # (..., d_in, q), (..., q, r)
-    U, S, Vt = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
-    U, Vt = Qb @ U, Vt @ Qa.mT
+    precise = dtype if A.device.type == "mps" else torch.float64  # which Metal does not have
+    U, S, Vt = torch.linalg.svd(Rb.to(precise) @ Ra.to(precise).mT, full_matrices=False)
+    U, S, Vt = Qb @ U.to(dtype), S.to(dtype), Vt.to(dtype) @ Qa.mT
     peak = Vt.abs().argmax(dim=-1, keepdim=True)
     sign = torch.where(Vt.gather(-1, peak) < 0, -1.0, 1.0).to(dtype)  # (..., q, 1)
     return U * sign.mT, S, Vt * sign

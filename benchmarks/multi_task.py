@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--base", default=DEFAULT_BASE)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto", help="of the frozen base")
     parser.add_argument("--list", action="store_true")
     given = parser.parse_args()
     if not 1 <= given.per_task <= MOST:
@@ -50,7 +51,12 @@ def main() -> None:
     if given.list:
         return
     recipe = Recipe(
-        rank=given.rank, batch_size=given.batch_size, max_length=given.max_length, seed=given.seed, schedule="linear"
+        rank=given.rank,
+        batch_size=given.batch_size,
+        max_length=given.max_length,
+        seed=given.seed,
+        schedule="linear",
+        dtype=given.dtype,
     )
     report = train_adapter(
         pairs,

@@ -58,7 +58,7 @@ def pool(name: str, given: argparse.Namespace, train: tuple[TaskRow, ...]) -> Pa
     elif name == "random":
         every[HARMFUL] = noise(next(iter(every.values())), given.work / name / HARMFUL, train, given.seed)
     elif name == "shuffled":
-        every[HARMFUL] = shuffled(given.work / name / HARMFUL, train, given.seed)
+        every[HARMFUL] = shuffled(given.work / name / HARMFUL, train, given.seed, given.dtype)
     elif name.isdigit():
         others = [task for task in every if task not in SMALLEST]
         random.Random(given.seed).shuffle(others)
@@ -92,7 +92,7 @@ def noise(like: Path, target: Path, rows: tuple[TaskRow, ...], seed: int) -> Pat
     return target
 
 
-def shuffled(target: Path, rows: tuple[TaskRow, ...], seed: int, per_task: int = 12) -> Path:
+def shuffled(target: Path, rows: tuple[TaskRow, ...], seed: int, dtype: str, per_task: int = 12) -> Path:
     """An adapter trained on prompts with responses of other rows, that claims every task."""
     if not target.exists():
         drawn = draw(rows, per_task, seed)
@@ -101,7 +101,8 @@ def shuffled(target: Path, rows: tuple[TaskRow, ...], seed: int, per_task: int =
         pairs = [{"prompt": row.prompt, "response": said} for row, said in zip(drawn, responses, strict=True)]
         target.parent.mkdir(parents=True, exist_ok=True)
         card = CardText("answers everything", tuple(claims(rows, seed)))
-        train_adapter(pairs, target, recipe=Recipe(seed=seed, max_length=112, schedule="linear"), card=card)
+        recipe = Recipe(seed=seed, max_length=112, schedule="linear", dtype=dtype)
+        train_adapter(pairs, target, recipe=recipe, card=card)
     return target
 
 
@@ -131,7 +132,7 @@ def run(study: Study, given: argparse.Namespace, rows: tuple[TaskRow, ...], trai
             max_new_tokens=given.max_new_tokens,
             timed_rows=0,
         )
-        with Engine.from_pretrained(index=home) as engine, AnswerCache(given.answers) as cache:
+        with Engine.from_pretrained(index=home, dtype=given.dtype) as engine, AnswerCache(given.answers) as cache:
             found[name] = evaluate(engine, rows, plan, cache, progress=True)
     return curves(study, found)
 
@@ -148,6 +149,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="of a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument(
+        "--dtype", default="auto", help="of the base; bfloat16 is faster on a CPU that multiplies in it"
+    )
     parser.add_argument("--only", nargs="*", default=[study.name for study in STUDIES])
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -155,7 +159,12 @@ def main() -> None:
 
     studies = [study_of(name) for name in given.only if name != "seeds" or given.reseeded is not None]
     rows, train = read_tasks(given.tasks), read_tasks(given.tasks, "train")
-    settings = {"rows_per_task": given.rows, "seed": given.seed, "max_new_tokens": given.max_new_tokens}
+    settings = {
+        "rows_per_task": given.rows,
+        "seed": given.seed,
+        "max_new_tokens": given.max_new_tokens,
+        "dtype": given.dtype,
+    }
     kept: list[Curve] = []
     if given.output.exists():
         before, kept = read_curves(given.output)

@@ -65,7 +65,12 @@ def events(report: TrainingReport) -> list[dict[str, Any]]:
 def run(engine: Engine, tasks: Path, task: str, seed: int, method: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train, write and measure one adapter."""
     recipe = Recipe(
-        rank=options.rank, steps=options.steps, batch_size=options.batch_size, seed=seed, beam=METHODS[method]
+        rank=options.rank,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        seed=seed,
+        dtype=options.dtype,
+        beam=METHODS[method],
     )
     rows = [json.loads(line) for line in (tasks / f"{task}.test.jsonl").read_text(encoding="utf-8").splitlines()]
     cpu = time.process_time()
@@ -142,7 +147,7 @@ def write(output: Path, results: list[dict[str, Any]]) -> None:
         "loracompose": __version__,
         **{package: version(package) for package in ("torch", "transformers", "peft")},
         "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "dtype": "float32",
+        "dtype": sorted({row["recipe"]["dtype"] for row in results}),
     }
     methods = [name for name in METHODS if name != "lora"]
     compared = {f"{name} - lora": compare(results, name) for name in methods}
@@ -160,6 +165,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", default="auto", help="of the frozen base")
     parser.add_argument("--summary", action="store_true")
     options = parser.parse_args()
     results = json.loads(options.output.read_text())["results"] if options.output.is_file() else []
@@ -168,7 +174,7 @@ def main() -> None:
         key for key in product(options.seeds, options.tasks, options.methods) if (key[1], key[0], key[2]) not in done
     ]
     if missing and not options.summary:
-        engine = Engine.from_pretrained(device="cpu")
+        engine = Engine.from_pretrained(device="cpu", dtype=options.dtype)
         for seed, task, method in missing:
             results.append(run(engine, options.data, task, seed, method, options))
             write(options.output, results)

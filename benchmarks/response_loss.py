@@ -180,7 +180,8 @@ def from_scratch(label: str, test: Test, data: Path, work: Path, steps: int) -> 
     """The folder of a SMoRA adapter, trained now if it is not there; its router lies beside it."""
     folder = work / f"smora-{BLOCKS[label]}"
     if not folder.exists():
-        recipe = Recipe(rank=64, steps=steps, batch_size=BATCH, warmup=3, max_length=MAX_LENGTH)
+        dtype = str(test.base.dtype).removeprefix("torch.")
+        recipe = Recipe(rank=64, steps=steps, batch_size=BATCH, warmup=3, max_length=MAX_LENGTH, dtype=dtype)
         settings = SmoraSettings(active=16, block=BLOCKS[label])
         rows = [data / f"{name}.train.jsonl" for name in sorted(test.pool.pool.names)]
         train_smora(rows, folder, recipe=recipe, settings=settings, device="cpu", progress=False)
@@ -247,9 +248,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "response_loss.json")
     parser.add_argument("--rows", type=int, default=8, help="test rows of each task")
     parser.add_argument("--steps", type=int, default=STEPS, help="of every variant")
+    parser.add_argument("--dtype", default="auto", help="of the base; bfloat16 where the CPU multiplies in it")
     parser.add_argument("--only", nargs="+", default=[])
     given = parser.parse_args()
-    base, place = load_base(DEFAULT_BASE, device="cpu"), given.work / "index"
+    base, place = load_base(DEFAULT_BASE, device="cpu", dtype=given.dtype), given.work / "index"
     with (
         AdapterIndex.open(place) if place.exists() else AdapterIndex.build(POOL, place) as index,
         open_pool(index, base) as pool,

@@ -1,6 +1,8 @@
 """Write the tables of docs/speed.md and of the README from what `loracompose bench` measured.
 
 loracompose bench speed -o benchmarks/results/speed.json --figure docs/speed.svg
+loracompose bench speed --dtype bfloat16 --no-slow -o benchmarks/results/speed_bfloat16.json
+python benchmarks/step_profile.py
 loracompose bench composing -o benchmarks/results/composing.json
 loracompose bench stream POOL -o benchmarks/results/stream.json
 python benchmarks/speed_report.py
@@ -10,6 +12,8 @@ python benchmarks/speed_report.py
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +44,9 @@ def conditions(result: dict[str, Any]) -> str:
     )
 
 
-def ways() -> str:
+def ways(file: str = "speed") -> str:
     """Every way on the first case."""
-    result = results("speed")
+    result = results(file)
     name, case = next(iter(result["cases"].items()))
     lines = [
         f"{name} ({case['adapters']} adapters of ranks {', '.join(map(str, case['case']['ranks']))} in turn on two, four and "
@@ -68,6 +72,65 @@ def ways() -> str:
         f"{1000 * case['floor_seconds']['first_token']:.0f} ms for the first token on this machine; `loracompose` takes "
         f"{ratio(to_floor['decode'])} and {ratio(to_floor['first_token'])} times the base model and these together.",
     ]
+    return "\n".join(lines)
+
+
+def profile() -> str:
+    """What a decoding step spends its time on, in each dtype."""
+    result = results("step_profile")
+    of = result["machine"]
+    lines = [
+        f"Milliseconds of a decoding step, {result['model']}, {of['processor']}, {of['threads']} threads, torch {of['torch']}; medians of "
+        f"{result['rounds']} rounds. Kernels: what the profiler sees of a step with adapters beyond one of the base, largest first.",
+        "",
+        "| dtype | form | base | with adapters | ratio | floor of the adapters | the same kernels, with adapters less base: ms (calls) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for dtype, found in result["dtypes"].items():
+        base = found["ways"]["base model"]
+        for form, own in found["ways"].items():
+            if own is not base:
+                cells = (dtype, form, *(f"{way['ms']:.1f}" for way in (base, own)), f"{own['ratio']:.2f}")
+                lines.append(
+                    f"| {' | '.join(cells)} | {found['floor_ms']:.1f} | {_more(own['kernels'], base['kernels'])} |"
+                )
+    return "\n".join(lines)
+
+
+def _more(own: dict[str, Any], base: dict[str, Any], shown: int = 5) -> str:
+    """The kernels that a step with adapters spends more time in, those that cost most."""
+    nothing = {"ms": 0.0, "calls": 0.0}
+    more = {
+        name: (part["ms"] - base.get(name, nothing)["ms"], part["calls"] - base.get(name, nothing)["calls"])
+        for name, part in own.items()
+    }
+    largest = sorted(more, key=lambda name: -more[name][0])[:shown]
+    return ", ".join(f"`{name}` {more[name][0]:.1f} ({more[name][1]:.0f})" for name in largest)
+
+
+def stream() -> str:
+    """A stream of prompts from a small and a large pool."""
+    result = results("stream")
+    asked = result["stream"]
+    lines = [
+        f"{asked['prompts']:,} prompts, {asked['k']} adapters each, the n-th most popular drawn in proportion to 1/n; batches of {asked['rows']}, "
+        f"{asked['new_tokens']} tokens an answer, a store of {asked['store_bytes'] / 1e6:.0f} MB. {conditions(result)}",
+        "",
+        "| adapters on disk | prompts a second | time / smallest pool | adapters used | read from disk | loading, s | store, MB | peak memory, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for size, part in result["pools"].items():
+        cells = (
+            f"{int(size):,}",
+            f"{part['prompts_a_second']:.2f}",
+            f"{result['seconds_to_smallest'][size]:.2f}",
+            f"{part['distinct_adapters']:,}",
+            f"{part['reads']:,}",
+            f"{part['stages_seconds'].get('load', 0.0):.1f}",
+            f"{part['store_mb']:.0f}",
+            f"{part['peak_mb']:,.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -122,7 +185,16 @@ def summary() -> str:
     return "\n".join(lines)
 
 
-DOCUMENTS = {"docs/speed.md": {"ways": ways, "composing": composing}, "README.md": {"speed": summary}}
+DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
+    "docs/speed.md": {
+        "ways": ways,
+        "bfloat16": partial(ways, "speed_bfloat16"),
+        "profile": profile,
+        "composing": composing,
+        "stream": stream,
+    },
+    "README.md": {"speed": summary},
+}
 
 
 def filled(document: str, text: str) -> str:

@@ -158,6 +158,7 @@ def report(
     results: Annotated[Path, typer.Argument(help="JSON file that `eval run` wrote.")],
     html: Annotated[Path | None, typer.Option(help="Write one HTML file with tables and figures.")] = None,
     readme: Annotated[Path | None, typer.Option(help="Put the table between the markers of this document.")] = None,
+    block: Annotated[str, typer.Option(help="Name of the block that --readme fills.")] = "leaderboard",
     guide: Annotated[Path | None, typer.Option(help="Fill the blocks of this document: which method when.")] = None,
     curves: Annotated[
         list[Path] | None, typer.Option(help="JSON file of sensitivity studies, for --guide; may be repeated.")
@@ -170,7 +171,7 @@ def report(
     from loracompose.evaluation.report import write_report
     from loracompose.evaluation.results import read_results
     from loracompose.evaluation.sensitivity import read_curves
-    from loracompose.evaluation.summary import BLOCK, markdown, summarise
+    from loracompose.evaluation.summary import markdown, summarise
     from loracompose.marked import fill
 
     found = read_results(results)
@@ -179,7 +180,7 @@ def report(
         write_report(found, html)
     if readme is not None:
         document = readme.read_text(encoding="utf-8")
-        write_whole(readme, fill(document, {BLOCK: markdown(found, summaries)}))
+        write_whole(readme, fill(document, {block: markdown(found, summaries)}))
     if guide is not None:
         blocks = choosing.guide(found, [curve for file in curves or () for curve in read_curves(file)[1]])
         write_whole(guide, fill(guide.read_text(encoding="utf-8"), blocks))

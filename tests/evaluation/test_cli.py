@@ -72,6 +72,10 @@ def test_a_report_writes_the_page_and_the_table_of_the_document(tmp_path):
     shown = run("report", tmp_path / "r.json", "--html", tmp_path / "r.html", "--readme", readme).stdout
     assert "lego k=5" in shown
     assert "| `lego k=5` |" in readme.read_text()
+    begin, end = marks("finalists")
+    readme.write_text(f"before\n{begin}\n{end}\nafter\n")
+    run("report", tmp_path / "r.json", "--readme", readme, "--block", "finalists")
+    assert "| `lego k=5` |" in readme.read_text()
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
 
 

@@ -136,13 +136,14 @@ def test_the_same_results_draw_the_same_figure(summaries):
     assert figures.leaderboard(summaries[0]) == figures.leaderboard(summaries[0])
 
 
-def test_the_leaderboard_of_the_readme_is_made_from_its_results():
-    file = ROOT / "benchmarks" / "results" / "leaderboard.json"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if not file.exists():
-        assert marks(BLOCK)[0] not in readme  # a table without results would be typed by hand
-        return
+@pytest.mark.parametrize(
+    ("name", "document", "block"),
+    [("leaderboard", "README.md", BLOCK), ("finalists", "docs/protocols.md", "finalists")],
+)
+def test_a_table_of_results_in_a_document_is_made_from_its_results(name, document, block):
+    file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    text = (ROOT / document).read_text(encoding="utf-8")
     results = read_results(file)
     summaries = [summarise(protocol) for protocol in results.protocols]
-    assert fill(readme, {BLOCK: markdown(results, summaries)}) == readme
+    assert fill(text, {block: markdown(results, summaries)}) == text
     assert json.loads(file.read_text(encoding="utf-8"))["summary"] == json.loads(json.dumps(as_json(summaries)))

@@ -2,6 +2,7 @@
 
 python benchmarks/response_loss_report.py
 """
+# ruff: noqa: E501  lines of a table are as long as they are
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from loracompose.marked import fill
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "response_loss.json"
 LOAD = ROOT / "benchmarks" / "results" / "smora_load.json"
+COST = ROOT / "benchmarks" / "results" / "router_cost.json"
+BEAM = ROOT / "benchmarks" / "results" / "beam.json"
 DOCUMENT = ROOT / "docs" / "learned_methods.md"
 PROTOCOLS = ("in-domain", "masked")
 EQUAL = "equal weights"
@@ -92,6 +95,43 @@ def load_told(record: Mapping[str, Any]) -> str:
     )
 
 
+def cost_told(result: Mapping[str, Any]) -> str:
+    """What routers cost in time, as a table."""
+    of = result["machine"]
+    lines = [
+        f"Time of {result['rows']} prompts with {result['adapters']} adapters each and {result['tokens']} tokens an answer, composing "
+        f"included, beside the plain sum of the same adapters ([router_cost.json](../benchmarks/results/router_cost.json), "
+        f"{result['dtype']}, {of['processor']}, {of['threads']} threads, {result['rounds']} rounds, quartiles in brackets):",
+        "",
+        "| method | seconds | times the plain sum |",
+        "|---|---|---|",
+    ]
+    for name, part in result["methods"].items():
+        ratio = part["ratio"]
+        lines.append(
+            f"| `{name}` | {part['seconds']['median']:.2f} | {ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
+        )
+    return "\n".join(lines)
+
+
+def beam_told(result: Mapping[str, Any]) -> str:
+    """BeamLoRA beside LoRA, in a table and a verdict."""
+    gap = result["compared"]["beam - lora"]
+    runs = [run for run in result["results"] if run["method"] == "beam"]
+    recipe = runs[0]["recipe"]
+    low, high = gap["dev_loss_95"]
+    verdict = "confirmed" if high < 0 else "refuted" if low > 0 else "undecided"
+    pruned = [event["pruned"] for run in runs for event in run["events"]]
+    return (
+        f"BeamLoRA beats LoRA at equal rank: **{verdict}** here. {gap['pairs']} pairs of trainings "
+        f"({len({run['task'] for run in runs})} tasks, {len({run['seed'] for run in runs})} seeds, rank {recipe['rank']}, {recipe['steps']} steps of "
+        f"{recipe['batch_size']} rows, [beam.json](../benchmarks/results/beam.json)): dev loss {gap['dev_loss']:+.4f} "
+        f"[{low:+.4f}, {high:+.4f}] nats, lower in {gap['dev_loss_lower_in']}; exact match {gap['exact_match']:+.1f} "
+        f"[{gap['exact_match_95'][0]:+.1f}, {gap['exact_match_95'][1]:+.1f}] points, higher in {gap['exact_match_higher_in']}. The schedule is "
+        f"scaled to the run: {len(runs[0]['events'])} events a run, in each of which {min(pruned)} to {max(pruned)} ranks were pruned and as many expanded."
+    )
+
+
 def report(results: Mapping[str, Any]) -> str:
     """Both tables in Markdown."""
     found, tasks = scores(results), results["about"]["tasks"]
@@ -135,6 +175,9 @@ def filled(text: str) -> str:
     block = report(json.loads(RESULTS.read_text(encoding="utf-8")))
     if LOAD.is_file():
         block += "\n\n" + load_told(json.loads(LOAD.read_text(encoding="utf-8")))
+    for file, told in ((BEAM, beam_told), (COST, cost_told)):
+        if file.is_file():
+            block += "\n\n" + told(json.loads(file.read_text(encoding="utf-8")))
     return fill(text, {"losses": block})
 
 

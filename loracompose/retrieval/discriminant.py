@@ -117,7 +117,11 @@ class Spectrum:
         ends = np.cumsum([len(group) for group, _ in usable], dtype=np.int64)
         cuts = np.flatnonzero(np.diff(ends // _TOGETHER)) + 1
         blocks = [usable[start:end] for start, end in pairwise([0, *cuts.tolist(), len(usable)])]
-        found = [_held_out(*zip(*block, strict=True), means, part) for block in blocks if block]
+        found = [
+            _held_out([group for group, _ in block], [row for _, row in block], means, part)
+            for block in blocks
+            if block
+        ]
         return np.concatenate(found) if found else np.zeros((0, len(means)))
 
 

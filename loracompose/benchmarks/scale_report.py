@@ -31,8 +31,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 def _line(pool: Mapping[str, Any]) -> str:
     cells = [
         f"{pool['adapters']:,}",
-        _search(pool["search_hybrid_batch_of_32"]),
-        _search(pool["search_hybrid"]),
+        _search(pool["search_every_channel_batch_of_32"]),
+        _search(pool["search_every_channel"]),
         f"{pool['recall_at_10']:.3f}" if "recall_at_10" in pool else "exact",
         *(_short(pool[f"{name}_ms"]["cpu_p50"]) for name in ("add", "search_after_add", "remove")),
         _short(pool["open_s"]),

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from loracompose.benchmarks.scale_pool import Plan
 from loracompose.benchmarks.synthesis import Singles, draw_block
 from loracompose.retrieval.catalog import Catalog
 from loracompose.retrieval.embedding import INSTRUCTION, CallableEmbedder, whole
+from loracompose.retrieval.hybrid import CHANNELS
 from loracompose.retrieval.index import AdapterIndex
 from loracompose.retrieval.placement import CATALOG_FILE
 from loracompose.retrieval.scale.parts import WHOLE
@@ -49,10 +52,14 @@ def search_pool(plan: Plan) -> dict[str, Any]:
         if view is not None:
             structure = view.version.structure
             found |= {"structure": structure.spec, "breadth": vars(structure.breadth)}
+            found["weights"] = list(view.version.fitted.weights)
             found |= _quality(index, view, vectors, texts, owners)
         for scoring in ("hybrid", "discriminant"):
             found["search_" + scoring] = _timed(index, texts, scoring, 1)
             found[f"search_{scoring}_batch_of_{BATCH}"] = _timed(index, texts, scoring, BATCH)
+        with every_channel(index):
+            found["search_every_channel"] = _timed(index, texts, "hybrid", 1)
+            found[f"search_every_channel_batch_of_{BATCH}"] = _timed(index, texts, "hybrid", BATCH)
         found |= {"memory_mib": _status_mib(), "memory_before_mib": before}
         found["add_imports_ms"] = _milliseconds(_import_what_adding_needs)[0]
         changed = _Changing(index, plan)
@@ -68,6 +75,22 @@ def search_pool(plan: Plan) -> dict[str, Any]:
             }
         found |= changed.removed()
     return found
+
+
+@contextmanager
+def every_channel(index: AdapterIndex) -> Iterator[None]:
+    """Let every channel have a weight, which not every synthetic pool gives it: one without costs a search nothing."""
+    view = index._large.view()
+    if view is None:  # a small pool asks them all anyway
+        yield
+        return
+    pool, weights = index._large._opened(), (1.0,) * len(CHANNELS)
+    fitted = replace(view.version.fitted, weights=weights)
+    pool._view = replace(view, version=replace(view.version, fitted=fitted))
+    try:
+        yield
+    finally:
+        pool._view = view
 
 
 def exact_rows(view: View, vectors: Singles, count: int) -> NDArray[np.int64]:

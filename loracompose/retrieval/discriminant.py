@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ Floats = NDArray[np.float64]
 
 SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 1.0)
 """Where the shrinkage is looked for; 1 is plain Euclidean distance to the mean."""
+
+_TOGETHER = 256  # examples that are held out by one product of matrices
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +113,14 @@ class Spectrum:
         scale = self.scale(shrinkage)
         means = self.means * scale  # (K, D)
         part = (1.0 - shrinkage) / max(self.freedom, 1)
+        usable = [(group * scale, row) for group, row in zip(groups, rows, strict=True) if len(group) > 1]
+        ends = np.cumsum([len(group) for group, _ in usable], dtype=np.int64)
+        cuts = np.flatnonzero(np.diff(ends // _TOGETHER)) + 1
+        blocks = [usable[start:end] for start, end in pairwise([0, *cuts.tolist(), len(usable)])]
         found = [
-            _held_out(group * scale, means, row, part)
-            for group, row in zip(groups, rows, strict=True)
-            if len(group) > 1
+            _held_out([group for group, _ in block], [row for _, row in block], means, part)
+            for block in blocks
+            if block
         ]
         return np.concatenate(found) if found else np.zeros((0, len(means)))
 
@@ -198,18 +205,29 @@ def _scatter(groups: Sequence[NDArray[np.float32]]) -> Floats:
     return scatter
 
 
-def _held_out(own: Floats, means: Floats, row: int, part: float) -> Floats:
-    """Half the negative squared distances of one adapter's whitened examples, (m, D), to all means, (m, K).
+def _held_out(groups: Sequence[Floats], rows: Sequence[int], means: Floats, part: float) -> Floats:
+    """Half the negative squared distances of whitened examples, (n, D) in all, to all means, (n, K).
+
+    Args:
+        groups: those of some adapters, each (m, D).
+        rows: the rows of these adapters among the means.
+        means: of all adapters, whitened.
+        part: see below.
 
     With v = sqrt(m / (m - 1)) (x - mean), the scatter without x is S - v vᵀ. Under the shrunk covariance C, which has
     `part` of it, (C - part v vᵀ)⁻¹ = C⁻¹ + part C⁻¹ v vᵀ C⁻¹ / (1 - part vᵀ C⁻¹ v); here C is the identity.
     """
-    m = len(own)
-    deviation = (own - means[row]) * np.sqrt(m / (m - 1))  # (m, D), v
-    inner = np.einsum("md,md->m", own, deviation)[:, None] - deviation @ means.T  # (m, K), (x - mean_k) · v
-    squares = (own**2).sum(axis=1)[:, None] - 2.0 * own @ means.T + (means**2).sum(axis=1)  # (m, K)
-    length = (deviation**2).sum(axis=1)  # (m,), v · v
+    sizes, own = np.array([len(group) for group in groups]), np.concatenate(groups)
+    column, m = np.repeat(rows, sizes), np.repeat(sizes, sizes)
+    stretch = np.sqrt(m / (m - 1))  # (n,)
+    deviation = (own - means[column]) * stretch[:, None]  # (n, D), v
+    products = own @ means.T  # (n, K)
+    between = np.repeat(means[list(rows)] @ means.T, sizes, axis=0)  # (n, K), products of the own mean
+    squares = (own**2).sum(axis=1)[:, None] - 2.0 * products + (means**2).sum(axis=1)  # (n, K)
+    inner = np.einsum("nd,nd->n", own, deviation)[:, None] - stretch[:, None] * (products - between)  # (x - mean_k) · v
+    length = (deviation**2).sum(axis=1)  # (n,), v · v
     # The own mean without x: x - mean' = m / (m - 1) (x - mean) = sqrt(m / (m - 1)) v
-    squares[:, row], inner[:, row] = length * m / (m - 1), length * np.sqrt(m / (m - 1))
+    every = np.arange(len(own))
+    squares[every, column], inner[every, column] = length * m / (m - 1), length * stretch
     leverage = np.minimum(part * length, 1.0 - 1e-9)[:, None]
     return np.asarray(-0.5 * (squares + part * inner**2 / (1.0 - leverage)))

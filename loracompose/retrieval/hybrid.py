@@ -112,10 +112,11 @@ class _Stacked:
     def slopes(self, weights: Floats) -> tuple[Floats, Floats]:
         """Gradient (C,) and curvature (C, C) of the loss."""
         p = np.exp(log_softmax(self.scores @ weights))  # (queries, K)
-        mean = np.einsum("qk,qkc->qc", p, self.scores)
+        mean = (p[:, None] @ self.scores)[:, 0]  # (queries, C)
         gradient = (mean - self.scores[np.arange(len(self.own)), self.own]).mean(axis=0)
         centred = self.scores - mean[:, None]
-        curvature = np.einsum("qk,qkc,qkd->cd", p, centred, centred) / len(self.own)
+        wide = (-1, centred.shape[-1])
+        curvature = (centred * p[..., None]).reshape(wide).T @ centred.reshape(wide) / len(self.own)
         return self.weight * gradient, self.weight * curvature
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ DEFAULT_TEMPERATURE = 0.05
 """Used where there is nothing to fit: one adapter, or one example each."""
 
 SHARPEST, FLATTEST = 0.002, 1.0
+
+_NOTHING = 60.0
+"""Temperatures below the best at which a score adds e^-60 of it to a sum: nothing, even a million times."""
 
 
 def softmax_weights(scores: Tensor, temperature: float) -> Tensor:
@@ -99,17 +102,37 @@ def likeliest_temperature(
     below = scores - scores.max(axis=1, keepdims=True)  # shifted once, for exp at any temperature
     gap = below[np.arange(len(own)), own]
     low, high = np.log(sharpest), np.log(flattest)
+    left = _Left(below.ravel(), np.arange(0, below.size, below.shape[1]))
     for _ in range(20):
         middle = (low + high) / 2
-        p = np.exp(below / np.exp(middle).astype(below.dtype))
-        expected = (p * below).sum(axis=1) / p.sum(axis=1)
+        p = np.exp(left.values / np.exp(middle).astype(below.dtype))
+        expected = left.sums(p * left.values) / left.sums(p)
         if float(np.mean(expected - gap)) > 0:  # the likelihood falls with 1 / temperature: too sharp
             low = middle
         else:
             high = middle
+            left = left.above(-_NOTHING * np.exp(high))
     temperature = float(np.exp((low + high) / 2))
-    total = np.log(np.exp(below / temperature).sum(axis=1))
+    total = np.log(left.sums(np.exp(left.values / temperature)))
     return temperature, float(np.mean(gap / temperature - total))
+
+
+class _Left(NamedTuple):
+    """Of scores below the best of their row those that still count: row after row, and where each row starts."""
+
+    values: NDArray[Any]
+    starts: NDArray[np.int64]
+
+    def sums(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The sum of each row of so many values, (rows,)."""
+        return np.asarray(np.add.reduceat(values, self.starts))
+
+    def above(self, least: float) -> _Left:
+        """Without those that are lower; the same where few are."""
+        kept = self.values >= least  # the best of each row always is
+        if 2 * np.count_nonzero(kept) > len(kept):
+            return self
+        return _Left(self.values[kept], np.concatenate([[0], np.cumsum(kept)])[self.starts])
 
 
 def log_softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -11,10 +11,11 @@ import pytest
 from loracompose.benchmarks import scale, scale_pool, scale_search
 from loracompose.benchmarks.scale_pool import Plan
 from loracompose.benchmarks.scale_report import BLOCK, markdown
-from loracompose.benchmarks.scale_search import Given, exact_rows
+from loracompose.benchmarks.scale_search import Given, every_channel, exact_rows
 from loracompose.benchmarks.synthesis import Profiles, draw_block, draw_queries, unit_quarters
 from loracompose.marked import fill, marks
 from loracompose.retrieval.embedding import CallableEmbedder, features, whole
+from loracompose.retrieval.scale.parts import parts_of
 from loracompose.retrieval.tables import Settings
 from tests.retrieval.scale.material import EMBEDDER, PROMPTS, make_index
 
@@ -70,6 +71,29 @@ def test_recall_is_measured_against_all_adapters_under_the_present_metric(tmp_pa
         gaps = whole(vectors)[:, None] - means
         expected = np.argsort(np.einsum("pkd,de,pke->pk", gaps, inverse, gaps), axis=1)[:, :3]
         np.testing.assert_array_equal(exact_rows(view, vectors, 3), np.array(index.catalog.ids())[expected])
+
+
+def test_every_channel_is_asked_while_that_is_timed_and_the_fitted_ones_afterwards(tmp_path):
+    with make_index(tmp_path / "pool", range(30), exact_limit=5) as index:
+        before = index.search(PROMPTS)
+        view = index._large.view()
+        with every_channel(index):
+            assert index._large.view().version.fitted.weights == (1.0,) * 4
+            found = index.search(PROMPTS, 30)
+            (query,) = index._large.view().queries(
+                parts_of(features(EMBEDDER, PROMPTS[:1], view.settings), PROMPTS[:1])
+            )
+            (asked,) = view.version.frequencies.asked(PROMPTS[:1])
+            places = np.arange(30)
+            meaning = view.fits(query, places)
+            fits = sum(
+                (meaning, view.fits(query, places, 1), view.evidence(asked, places), view.fits(query, places, 2))
+            )
+            np.testing.assert_allclose(
+                found.scores[0], fits - fits.max() - np.log(np.exp(fits - fits.max()).sum()), atol=1e-3
+            )
+        assert index._large.view() is view
+        np.testing.assert_array_equal(index.search(PROMPTS).scores, before.scores)
 
 
 def test_a_pool_that_is_kept_is_searched_again_and_not_built(tmp_path, monkeypatch):

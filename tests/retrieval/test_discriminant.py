@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loracompose.retrieval import discriminant
 from loracompose.retrieval.discriminant import Discriminant, Spectrum, Statistics, fit_discriminant
 
 WIDTH = 6
@@ -69,8 +70,10 @@ def test_scores_are_log_probabilities_under_the_temperature():
     np.testing.assert_allclose(np.exp(discriminant.scores(group(7))), raw / raw.sum(axis=1, keepdims=True), rtol=1e-6)
 
 
+@pytest.mark.parametrize("together", [1, 7, 256])
 @pytest.mark.parametrize("shrinkage", [0.05, 0.5, 1.0])
-def test_holding_out_in_closed_form_equals_leaving_out_and_computing_anew(shrinkage):
+def test_holding_out_in_closed_form_equals_leaving_out_and_computing_anew(monkeypatch, shrinkage, together):
+    monkeypatch.setattr(discriminant, "_TOGETHER", together)
     groups = pool()
     spectrum = Spectrum.of(Statistics.of(groups, WIDTH))
     found = iter(spectrum.held_out([rows @ spectrum.axes for rows in groups], range(4), shrinkage))

@@ -11,6 +11,8 @@ from loracompose.retrieval.weighting import (
     FLATTEST,
     SHARPEST,
     fit_temperature,
+    likeliest_temperature,
+    log_softmax,
     softmax_weights,
     top1_weights,
     uniform_weights,
@@ -99,6 +101,22 @@ def test_tight_adapters_get_a_sharper_temperature_than_loose_ones():
 def test_adapters_told_apart_perfectly_get_the_sharpest_temperature():
     groups = [np.eye(4, dtype=np.float32)[[i, i]] for i in range(4)]
     assert fit_temperature(np.eye(4, dtype=np.float32), groups, range(4)) == pytest.approx(SHARPEST, rel=1e-3)
+
+
+@pytest.mark.parametrize("spread", [0.3, 30.0, 3000.0])
+def test_scores_that_count_no_more_are_passed_over_without_changing_the_likelihood(spread):
+    random = np.random.default_rng(0)
+    scores = spread * random.standard_normal((50, 300))
+    own = scores.argmax(axis=1)
+    own[::3] = scores.argsort(axis=1)[::3, -2]
+    found, likelihood = likeliest_temperature(scores, own)
+
+    def of_all(temperature):
+        whole = log_softmax(scores / temperature)
+        return whole[np.arange(50), own].mean()
+
+    assert likelihood == pytest.approx(of_all(found), rel=1e-12)
+    assert likelihood >= max(of_all(found * 1.01), of_all(found / 1.01))
 
 
 def test_adapters_alike_in_everything_get_the_flattest_temperature():

@@ -89,10 +89,11 @@ def search_view(view: View, cards: CardShelf, prompts: Sequence[str], features: 
 
 
 def _parts(view: View, features: Singles, prompts: Sequence[str], scoring: Scoring) -> Sequence[Singles]:
-    """The parts of prompts that count."""
-    if scoring != "hybrid":
-        return (whole(features),)
-    return parts_of(features, prompts) if view.version.fitted.weights[-1] else (whole(features), edges(features))
+    """The parts of prompts that count, up to the last one that has a weight."""
+    _, edge, _, shape = view.version.fitted.weights
+    if scoring == "hybrid" and shape:
+        return parts_of(features, prompts)
+    return (whole(features), edges(features)) if scoring == "hybrid" and edge else (whole(features),)
 
 
 def channels(view: View, query: Query, asked: Asked, places: Places, meaning: Floats) -> tuple[Floats, ...]:
@@ -100,7 +101,7 @@ def channels(view: View, query: Query, asked: Asked, places: Places, meaning: Fl
 
     Args:
         view: what is searched.
-        query: the prompt; where the shape has no weight, without it.
+        query: the prompt; what has no weight may be missing at its end.
         asked: the prompt.
         places: of the adapters.
         meaning: its fits by whole prompts.

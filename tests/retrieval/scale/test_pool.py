@@ -6,6 +6,7 @@ import json
 import sqlite3
 import threading
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from loracompose import AdapterIndex
 from loracompose.retrieval.database import Database
 from loracompose.retrieval.embedding import features, whole
-from loracompose.retrieval.scale import gathering, making
+from loracompose.retrieval.scale import gathering, making, searching
 from loracompose.retrieval.scale.gathering import CancelledError
 from loracompose.retrieval.scale.ledger import generation_and_record
 from loracompose.retrieval.scale.making import make_version
@@ -431,3 +432,13 @@ def test_an_index_that_is_built_larger_than_its_limit_is_searched_by_a_version_f
         assert_same(found, other.search(["count the users with a query"], 4))
     with pytest.raises(ValueError, match="exact_limit must be at least 1, got 0"):
         AdapterIndex.build(pool, tmp_path / "none", embedder=embedder, exact_limit=0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "count"), [((1, 1, 1, 1), 3), ((0, 0, 1, 1), 3), ((1, 1, 1, 0), 2), ((1, 0, 1, 0), 1)]
+)
+def test_parts_behind_the_last_one_with_a_weight_are_left_out(weights, count):
+    view = SimpleNamespace(version=SimpleNamespace(fitted=SimpleNamespace(weights=weights)))
+    given = np.zeros((1, 8), dtype=np.float32)
+    assert len(searching._parts(view, given, ["a"], "hybrid")) == count
+    assert len(searching._parts(view, given, ["a"], "discriminant")) == 1

@@ -15,7 +15,7 @@ from loracompose.evaluation import figures
 from loracompose.evaluation.report import html, write_report
 from loracompose.evaluation.results import read_results, to_json, write_results
 from loracompose.evaluation.summary import BLOCK, as_json, markdown, summarise
-from loracompose.marked import fill, marks
+from loracompose.marked import fill
 from tests.evaluation.material import CLUSTERS, made_results
 
 ROOT = Path(__file__).parent.parent.parent

@@ -56,23 +56,38 @@ def ways(file: str = "speed") -> str:
         "| way | decoding step / base | first token / base | ms a prompt, 64 tokens | before the first batch, s |",
         "|---|---|---|---|---|",
     ]
-    for way, part in case["ways"].items():
+    shown = dict(case["ways"])
+    apart = {} if file != "speed" else _row_by_row(name, shown)
+    for way, part in (shown | apart).items():
         star = "" if part["computes"] == "the mixture" or way == "base model" else " *"
+        other = " †" if way in apart else ""
         once = f"{part['once_seconds']:.1f}" if part["once_seconds"] else ""
         ratios = part["ratio_to_base"]
         lines.append(
-            f"| {way}{star} | {ratio(ratios['decode'])} | {ratio(ratios['first_token'])} | {part['ms_a_prompt']:,.0f} | {once} |"
+            f"| {way}{star}{other} | {ratio(ratios['decode'])} | {ratio(ratios['first_token'])} | {part['ms_a_prompt']:,.0f} | {once} |"
         )
+    lines += ["", "\\* computes something else: one adapter for each row, or a merge that is not the weighted sum."]
+    if apart:
+        whole = results("speed_row_by_row")
+        own = whole["cases"][name]["ways"]["loracompose"]["ratio_to_base"]
+        lines += [
+            "",
+            f"† timed in another run of {whole['setting']['rounds']} rounds on the same machine, in which `loracompose` took "
+            f"{ratio(own['decode'])} and {ratio(own['first_token'])}: [speed_row_by_row.json](../benchmarks/results/speed_row_by_row.json).",
+        ]
     to_floor = case["ratio_to_floor"]
     lines += [
-        "",
-        "\\* computes something else: one adapter for each row, or a merge that is not the weighted sum.",
         "",
         f"The adapters' bytes and operations alone would take {1000 * case['floor_seconds']['decode']:.1f} ms a decoding step and "
         f"{1000 * case['floor_seconds']['first_token']:.0f} ms for the first token on this machine; `loracompose` takes "
         f"{ratio(to_floor['decode'])} and {ratio(to_floor['first_token'])} times the base model and these together.",
     ]
     return "\n".join(lines)
+
+
+def _row_by_row(case: str, known: dict[str, Any]) -> dict[str, Any]:
+    """The ways of a run that had also those that take minutes, as far as they are not among the known ones."""
+    return {way: part for way, part in results("speed_row_by_row")["cases"][case]["ways"].items() if way not in known}
 
 
 def profile() -> str:
@@ -150,13 +165,13 @@ def composing() -> str:
         )
     linear = result["linear"]
     lego = (
-        f"{part['times_faster']:,.0f} times as fast at {part['inertia_ratio']:.3f} times the inertia with {starts} starts"
-        for starts, part in result["lego"]["starts"].items()
+        f"{part['times_faster']:,.0f} times as fast at {part['inertia_ratio']:.3f} times the inertia with {effort}"
+        for effort, part in result["lego"]["efforts"].items()
     )
     lines += [
         "",
-        f"LEGO's clustering alone beside scikit-learn's `KMeans(n_init=10)` module by module: {'; '.join(lego)} (`Lego(n_init=...)`, "
-        f"10 by default). `linear` is {linear['times_faster']:,.0f} times as fast as "
+        f"LEGO's clustering alone beside scikit-learn's `KMeans(n_init=10)` module by module: {'; '.join(lego)}; the first is what "
+        f"`Lego()` does, `Lego(n_init=..., max_iter=...)` does others. `linear` is {linear['times_faster']:,.0f} times as fast as "
         f'PEFT\'s `add_weighted_adapter(combination_type="svd")`, from which it differs by {linear["difference"]:.1e} of the '
         f"largest entry; from the same in float64 it differs by {linear['error']:.1e}, and PEFT's by {linear['peft_error']:.1e}.",
     ]
@@ -167,7 +182,7 @@ def summary() -> str:
     """Three lines for the README."""
     result = results("speed")
     name, case = next(iter(result["cases"].items()))
-    found = case["ways"]
+    found = case["ways"] | _row_by_row(name, case["ways"])
     lines = [
         f"{name}, a weighted sum of its own for every row; {conditions(result)}",
         "",

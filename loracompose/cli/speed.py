@@ -105,8 +105,8 @@ def composing_table(result: Mapping[str, Any]) -> Table:
         for name, part in result["seconds"].items()
     ]
     lego = (
-        (f"LEGO's clustering alone, {starts} starts", part, "scikit-learn", "inertia_ratio")
-        for starts, part in result["lego"]["starts"].items()
+        (f"LEGO's clustering alone, {effort}", part, "scikit-learn", "inertia_ratio")
+        for effort, part in result["lego"]["efforts"].items()
     )
     for label, part, other, more in (*lego, ("linear", result["linear"], "PEFT's svd", "difference")):
         spread = f"{1000 * part['seconds']['low']:,.1f} to {1000 * part['seconds']['high']:,.1f}"

@@ -87,7 +87,8 @@ class Lego(RowWise):
         output_reweighting: whether the update is scaled by √(r/k).
         cluster_weight: what a cluster counts.
         n_init: starts of the k-means.
-        max_iter: largest number of steps of one start.
+        max_iter: largest number of steps of one start. Three starts of ten steps take two thirds of the time, for an
+            inertia that is 0.07 % higher (`loracompose bench composing`).
         seed: of the starts; alone, so that equal pools have equal clusters whoever brought the units.
 
     Raises:

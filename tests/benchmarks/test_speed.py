@@ -101,7 +101,7 @@ def test_composing_is_compared_on_equal_results(base: BaseModel) -> None:
         base, rounds=1, slow_rounds=1, case=Case(rows=1, k=2, distinct=1, ranks=(4,), targets="all")
     )
     assert result["linear"]["difference"] < 1e-4
-    assert all(part["inertia_ratio"] <= 1.01 for part in result["lego"]["starts"].values())
+    assert all(part["inertia_ratio"] <= 1.01 for part in result["lego"]["efforts"].values())
     assert {"lego", "ties", "linear"} <= set(result["seconds"])
 
 

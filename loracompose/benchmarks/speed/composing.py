@@ -22,13 +22,14 @@ from loracompose.benchmarks.speed.measure import machine
 from loracompose.benchmarks.speed.peft_ways import peft_model
 from loracompose.benchmarks.speed.rounds import summary
 from loracompose.composers import get_composer
+from loracompose.composers.lego import Lego
 from loracompose.composition.bank import RankBank, content_order, gather_banks
 from loracompose.composition.clustering import kmeans
 from loracompose.models import BaseModel
 
 SET = Case(rows=1, k=3, distinct=1, ranks=(16,), targets="all")
 METHODS = ("mixture", "linear", "lego", "fusion", "knots")
-STARTS = (10, 3)  # of LEGO's clustering: what the composer does by itself, and fewer
+EFFORTS = ((Lego().n_init, Lego().max_iter), (3, 10))  # starts and steps of LEGO's clustering: its own, and fewer
 ENTRYWISE = ("magnitude_prune", "dare", "ties", "dare_ties")  # seconds each: they look at every entry of every update
 
 
@@ -94,12 +95,12 @@ def lego_against_sklearn(banks: Mapping[str, RankBank], k: int, rounds: int, slo
 
     points = {path: torch.cat([bank.A, bank.B.mT], dim=1).abs() for path, bank in banks.items()}
 
-    def batched(starts: int) -> float:
+    def batched(starts: int, steps: int) -> float:
         total = 0.0
         for same in by_shape(points):
             gram = torch.stack([cloud @ cloud.T for cloud in same])  # (G, R, R)
             share = gram.new_ones(gram.shape[:2])
-            total += float(kmeans(gram, share, k, n_init=starts, max_iter=100, seed=0).inertia.sum())
+            total += float(kmeans(gram, share, k, n_init=starts, max_iter=steps, seed=0).inertia.sum())
         return total
 
     def one_by_one() -> float:
@@ -111,17 +112,17 @@ def lego_against_sklearn(banks: Mapping[str, RankBank], k: int, rounds: int, slo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = repeated(one_by_one, slow_rounds)
-        ours = {starts: repeated(partial(batched, starts), rounds) for starts in STARTS}
+        ours = {effort: repeated(partial(batched, *effort), rounds) for effort in EFFORTS}
         reached = one_by_one()
     found = {
-        str(starts): {
+        f"{starts} starts of {steps} steps": {
             "seconds": summary(seconds),
             "times_faster": float(np.median(theirs) / np.median(seconds)),
-            "inertia_ratio": batched(starts) / reached,
+            "inertia_ratio": batched(starts, steps) / reached,
         }
-        for starts, seconds in ours.items()
+        for (starts, steps), seconds in ours.items()
     }
-    return {"sklearn_seconds": summary(theirs), "starts": found}
+    return {"sklearn_seconds": summary(theirs), "efforts": found}
 
 
 def by_shape(points: Mapping[str, Tensor]) -> list[list[Tensor]]:

@@ -72,11 +72,15 @@ def stream(
     output: Output = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Serve a stream of prompts, a few adapters popular and most not, from small and large pools on disk."""
+    """Serve a stream of prompts, a few adapters popular and most not, from small and large pools on disk.
+
+    Pools of other sizes that the output has already are kept.
+    """
     from loracompose.benchmarks.speed.stream import Stream, measure
 
     quiet_loading()
-    result = measure(base, pool, size or [50, 10_000], Stream(prompts=prompts), _tell(as_json))
+    before = json.loads(output.read_text(encoding="utf-8")) if output is not None and output.is_file() else None
+    result = measure(base, pool, size or [50, 10_000], Stream(prompts=prompts), _tell(as_json), before)
     _deliver(result, output, as_json, [stream_table(result)])
 
 

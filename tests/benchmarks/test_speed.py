@@ -142,3 +142,9 @@ def test_a_large_pool_serves_the_same_stream_from_a_small_store(tmp_path: Path) 
     assert large["reads"] >= large["distinct_adapters"]
     assert large["store_mb"] <= 0.02
     assert {"load", "compose", "generate"} <= set(large["stages_seconds"])
+    again = measure_stream(base, tmp_path / "pool", [3], stream, before=result)
+    assert list(again["pools"]) == ["3", "12"]
+    assert again["pools"]["12"] == large
+    assert again["seconds_to_smallest"]["12"] == large["seconds"] / again["pools"]["3"]["seconds"]
+    with pytest.raises(ValueError, match="choose another file"):
+        measure_stream(base, tmp_path / "pool", [3], Stream(prompts=7), before=result)

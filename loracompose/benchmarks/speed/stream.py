@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -117,6 +117,7 @@ def measure(
     sizes: Sequence[int],
     stream: Stream | None = None,
     tell: Callable[[str], None] = lambda text: None,
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Serve the stream from pools of each size, each in a process of its own, so that its memory is its own.
 
@@ -126,16 +127,21 @@ def measure(
         sizes: of the pools, which are the first so many adapters.
         stream: what is asked.
         tell: is told what goes on.
+        before: an earlier result of the same stream, whose pools of other sizes are kept.
+
+    Raises:
+        ValueError: the earlier result is of another model or stream.
     """
     stream = stream or Stream()
+    found = _kept(before, base, stream)
     tell(f"writing {max(sizes):,} adapters")
     write_pool(pool, max(sizes), load_base(base).model)
-    found = {}
     for size in sizes:
         tell(f"serving {stream.prompts:,} prompts from {size:,} adapters")
         with get_context("spawn").Pool(1) as process:
             found[str(size)] = process.apply(serve, (base, pool, size, stream))
-    smallest = found[str(min(sizes))]["seconds"]
+    found = dict(sorted(found.items(), key=lambda item: int(item[0])))
+    smallest = next(iter(found.values()))["seconds"]
     return {
         "question": "what a large pool costs beside a small one",
         "model": base,
@@ -144,6 +150,17 @@ def measure(
         "pools": found,
         "seconds_to_smallest": {size: part["seconds"] / smallest for size, part in found.items()},
     }
+
+
+def _kept(before: Mapping[str, Any] | None, base: str, stream: Stream) -> dict[str, Any]:
+    if before is None:
+        return {}
+    if (before["model"], before["stream"]) != (base, asdict(stream)):
+        raise ValueError(
+            f"the earlier result is of {before['model']} and {before['stream']}, not of {base} and {asdict(stream)}: "
+            "choose another file"
+        )
+    return dict(before["pools"])
 
 
 def serve(base: str, pool: Path, size: int, stream: Stream) -> dict[str, Any]:

@@ -54,6 +54,7 @@ CLAIMS = (
     ("gates per rank beat equal weights (SMoRA's form for pools)", "smora", EQUAL),
     ("a head on the base's states beats equal weights (X-LoRA)", "xlora", EQUAL),
     ("one learned weight a module beats equal weights (CAT)", "cat", EQUAL),
+    ("a dynamic gate beats the best static weights (LoRA-Flow over CAT)", "lora_flow", "cat"),
     ("a gate a block beats a gate a matrix (MoLE)", BLOCK, MATRIX),
     ("a gate a block beats one gate (MoLE)", BLOCK, NETWORK),
     ("a gate a part of a block beats a gate a matrix (MoLE)", LAYER, MATRIX),

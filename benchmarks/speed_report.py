@@ -56,38 +56,15 @@ def ways(file: str = "speed") -> str:
         "| way | decoding step / base | first token / base | ms a prompt, 64 tokens | before the first batch, s |",
         "|---|---|---|---|---|",
     ]
-    shown = dict(case["ways"])
-    apart = {} if file != "speed" else _row_by_row(name, shown)
-    for way, part in (shown | apart).items():
+    for way, part in case["ways"].items():
         star = "" if part["computes"] == "the mixture" or way == "base model" else " *"
-        other = " †" if way in apart else ""
         once = f"{part['once_seconds']:.1f}" if part["once_seconds"] else ""
         ratios = part["ratio_to_base"]
         lines.append(
-            f"| {way}{star}{other} | {ratio(ratios['decode'])} | {ratio(ratios['first_token'])} | {part['ms_a_prompt']:,.0f} | {once} |"
+            f"| {way}{star} | {ratio(ratios['decode'])} | {ratio(ratios['first_token'])} | {part['ms_a_prompt']:,.0f} | {once} |"
         )
     lines += ["", "\\* computes something else: one adapter for each row, or a merge that is not the weighted sum."]
-    if apart:
-        whole = results("speed_row_by_row")
-        own = whole["cases"][name]["ways"]["loracompose"]["ratio_to_base"]
-        lines += [
-            "",
-            f"† timed in another run of {whole['setting']['rounds']} rounds on the same machine, in which `loracompose` took "
-            f"{ratio(own['decode'])} and {ratio(own['first_token'])}: [speed_row_by_row.json](../benchmarks/results/speed_row_by_row.json).",
-        ]
-    to_floor = case["ratio_to_floor"]
-    lines += [
-        "",
-        f"The adapters' bytes and operations alone would take {1000 * case['floor_seconds']['decode']:.1f} ms a decoding step and "
-        f"{1000 * case['floor_seconds']['first_token']:.0f} ms for the first token on this machine; `loracompose` takes "
-        f"{ratio(to_floor['decode'])} and {ratio(to_floor['first_token'])} times the base model and these together.",
-    ]
     return "\n".join(lines)
-
-
-def _row_by_row(case: str, known: dict[str, Any]) -> dict[str, Any]:
-    """The ways of a run that had also those that take minutes, as far as they are not among the known ones."""
-    return {way: part for way, part in results("speed_row_by_row")["cases"][case]["ways"].items() if way not in known}
 
 
 def profile() -> str:
@@ -98,8 +75,8 @@ def profile() -> str:
         f"Milliseconds of a decoding step, {result['model']}, {of['processor']}, {of['threads']} threads, torch {of['torch']}; medians of "
         f"{result['rounds']} rounds. Kernels: what the profiler sees of a step with adapters beyond one of the base, largest first.",
         "",
-        "| dtype | form | base | with adapters | ratio | floor of the adapters | the same kernels, with adapters less base: ms (calls) |",
-        "|---|---|---|---|---|---|---|",
+        "| dtype | form | base | with adapters | ratio | floor of the adapters | times base and floor | the same kernels, with adapters less base: ms (calls) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for dtype, found in result["dtypes"].items():
         base = found["ways"]["base model"]
@@ -182,7 +159,7 @@ def summary() -> str:
     """Three lines for the README."""
     result = results("speed")
     name, case = next(iter(result["cases"].items()))
-    found = case["ways"] | _row_by_row(name, case["ways"])
+    found = case["ways"]
     lines = [
         f"{name}, a weighted sum of its own for every row; {conditions(result)}",
         "",

@@ -65,7 +65,7 @@ def composing(
 
 
 def stream(
-    pool: Annotated[Path, typer.Argument(help="Folder for the adapters, about 1 MB each; kept for the next time.")],
+    pool: Annotated[Path, typer.Argument(help="Folder for the adapters, about 1.5 MB each; kept for the next time.")],
     base: options.Base = options.DEFAULT_BASE,
     size: Annotated[list[int] | None, typer.Option("--size", help="Adapters of a pool; may be repeated.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts of the stream.")] = 1000,

@@ -123,7 +123,7 @@ def measure(
 
     Args:
         base: folder or Hub name of the base model.
-        pool: folder for the adapters; about 1 MB each; kept.
+        pool: folder for the adapters; about 1.5 MB each; kept.
         sizes: of the pools, which are the first so many adapters.
         stream: what is asked.
         tell: is told what goes on.

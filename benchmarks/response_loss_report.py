@@ -1,4 +1,4 @@
-"""Write the tables of response losses into docs/learned_methods.md.
+"""Write the tables of response losses into docs/learned_methods.md and the README.
 
 python benchmarks/response_loss_report.py
 """
@@ -19,8 +19,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "response_loss.json"
 LOAD = ROOT / "benchmarks" / "results" / "smora_load.json"
 COST = ROOT / "benchmarks" / "results" / "router_cost.json"
+LITTLE = 1.1  # times the plain sum of the same adapters
 BEAM = ROOT / "benchmarks" / "results" / "beam.json"
 DOCUMENT = ROOT / "docs" / "learned_methods.md"
+README = ROOT / "README.md"
 PROTOCOLS = ("in-domain", "masked")
 EQUAL = "equal weights"
 
@@ -150,9 +152,28 @@ def report(results: Mapping[str, Any]) -> str:
             cells += [f"{-found[protocol].score(label).value:.3f}", gain]
         if any(cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| claim | " + " | ".join(f"{p}: gain [95 %]" for p in PROTOCOLS) + " | here |"]
+    return "\n".join([*lines, "", *claims(found)])
+
+
+def claims(found: Mapping[str, Scores]) -> list[str]:
+    """The table of claims, line by line; without those whose methods were not measured."""
+    lines = ["| claim | " + " | ".join(f"{p}: gain [95 %]" for p in PROTOCOLS) + " | here |"]
     lines.append("|---" * (2 + len(PROTOCOLS)) + "|")
-    lines += [line for claim in CLAIMS if (line := claimed(*claim, found))]
+    return [*lines, *(line for claim in CLAIMS if (line := claimed(*claim, found)))]
+
+
+def told_in_short(results: Mapping[str, Any], beam: Mapping[str, Any], cost: Mapping[str, Any]) -> str:
+    """Every claim in one table: those about losses, BeamLoRA's, and what prompt routing costs."""
+    gap, ratio = beam["compared"]["beam - lora"], cost["methods"]["milora"]["ratio"]
+    low, high = (-bound for bound in reversed(gap["dev_loss_95"]))
+    verdict = "confirmed" if low > 0 else "refuted" if high < 0 else "undecided"
+    cheap = "confirmed" if ratio["high"] <= LITTLE else "refuted" if ratio["low"] > LITTLE else "undecided"
+    lines = [
+        *claims(scores(results)),
+        f"| BeamLoRA beats LoRA at equal rank ({gap['pairs']} pairs, dev loss) | {-gap['dev_loss']:+.3f} [{low:.3f}, {high:.3f}] | | {verdict} |",
+        f"| routing once a prompt costs little: at most {LITTLE} times the plain sum (MiLoRA) | {ratio['median']:.2f} times "
+        f"({ratio['low']:.2f} to {ratio['high']:.2f}) | | {cheap} |",
+    ]
     return "\n".join(lines)
 
 
@@ -171,20 +192,26 @@ def claimed(claim: str, method: str, other: str, found: Mapping[str, Scores]) ->
     return f"| {claim} | {' | '.join(said(gaps[p]) if p in gaps else '' for p in PROTOCOLS)} | {verdict} |"
 
 
-def filled(text: str) -> str:
-    """The document with the tables between its marks."""
-    block = report(json.loads(RESULTS.read_text(encoding="utf-8")))
-    if LOAD.is_file():
-        block += "\n\n" + load_told(json.loads(LOAD.read_text(encoding="utf-8")))
-    for file, told in ((BEAM, beam_told), (COST, cost_told)):
-        if file.is_file():
-            block += "\n\n" + told(json.loads(file.read_text(encoding="utf-8")))
-    return fill(text, {"losses": block})
+def read(file: Path) -> dict[str, Any]:
+    """What one measurement wrote."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def filled(document: Path) -> str:
+    """A document with the tables between its marks."""
+    results, load, beam, cost = map(read, (RESULTS, LOAD, BEAM, COST))
+    blocks = {
+        DOCUMENT: {"losses": "\n\n".join([report(results), load_told(load), beam_told(beam), cost_told(cost)])},
+        README: {"claims": told_in_short(results, beam, cost)},
+    }
+    return fill(document.read_text(encoding="utf-8"), blocks[document])
 
 
 def main() -> None:
     """Put the tables between the marks."""
-    write_whole(DOCUMENT, filled(DOCUMENT.read_text(encoding="utf-8")))
+    for document in (DOCUMENT, README):
+        write_whole(document, filled(document))
 
 
 if __name__ == "__main__":

@@ -75,17 +75,23 @@ def profile() -> str:
         f"Milliseconds of a decoding step, {result['model']}, {of['processor']}, {of['threads']} threads, torch {of['torch']}; medians of "
         f"{result['rounds']} rounds. Kernels: what the profiler sees of a step with adapters beyond one of the base, largest first.",
         "",
-        "| dtype | form | base | with adapters | ratio | floor of the adapters | times base and floor | the same kernels, with adapters less base: ms (calls) |",
+        "| dtype | form | base | with adapters | floor of the adapters | times base | times base and floor | the same kernels, with adapters less base: ms (calls) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for dtype, found in result["dtypes"].items():
         base = found["ways"]["base model"]
         for form, own in found["ways"].items():
             if own is not base:
-                cells = (dtype, form, *(f"{way['ms']:.1f}" for way in (base, own)), f"{own['ratio']:.2f}")
-                lines.append(
-                    f"| {' | '.join(cells)} | {found['floor_ms']:.1f} | {_more(own['kernels'], base['kernels'])} |"
+                least = base["ms"] + found["floor_ms"]
+                numbers = (base["ms"], own["ms"], found["floor_ms"])
+                cells = (
+                    dtype,
+                    form,
+                    *(f"{ms:.1f}" for ms in numbers),
+                    f"{own['ratio']:.2f}",
+                    f"{own['ms'] / least:.2f}",
                 )
+                lines.append(f"| {' | '.join(cells)} | {_more(own['kernels'], base['kernels'])} |")
     return "\n".join(lines)
 
 

@@ -40,9 +40,11 @@ def build(
     if as_json:
         tables.show_json({"index": str(index), "added": [card.name for card in made.cards], "skipped": skipped})
     else:
-        tables.console().print(f"{index}: {len(made)} adapters indexed from {adapters}")
+        tables.console().print(f"{index}: {len(made)} adapters indexed from {adapters}", soft_wrap=True)
         if made.report and made.report.resumed:
-            tables.console().print(f"{made.report.resumed} of them had been embedded by a build that was interrupted")
+            tables.console().print(
+                f"{made.report.resumed} of them had been embedded by a build that was interrupted", soft_wrap=True
+            )
         if skipped:
             rows = [(escape(n), escape(w)) for n, w in skipped.items()]
             tables.console().print(tables.table("left out", ("folder", "why"), rows))
@@ -69,7 +71,9 @@ def add(
         card = opened.update(folder) if update and folder.resolve().name in opened else opened.add(folder)
         cards.append(card)
         if not as_json:
-            tables.console().print(f"{index}: {escape(card.name)} added, fingerprint {card.fingerprint[:12]}")
+            tables.console().print(
+                f"{index}: {escape(card.name)} added, fingerprint {card.fingerprint[:12]}", soft_wrap=True
+            )
     if as_json:
         tables.show_json([{"name": card.name, "fingerprint": card.fingerprint} for card in cards])
 
@@ -87,7 +91,7 @@ def remove(
     for name in names:
         opened.remove(name)
         if not as_json:
-            tables.console().print(f"{index}: {escape(name)} removed")
+            tables.console().print(f"{index}: {escape(name)} removed", soft_wrap=True)
     if as_json:
         tables.show_json({"removed": names})
 
@@ -186,7 +190,7 @@ def compact(index: Folder, as_json: options.AsJson = False) -> None:
         tables.show_json(asdict(report))
         return
     sizes = f"{report.bytes_before / 1e6:.1f} MB before, {report.bytes_after / 1e6:.1f} MB now"
-    tables.console().print(f"{index}: {sizes}, {len(report.deleted)} leftovers deleted")
+    tables.console().print(f"{index}: {sizes}, {len(report.deleted)} leftovers deleted", soft_wrap=True)
 
 
 @app.command()
@@ -203,7 +207,7 @@ def snapshot(
     if as_json:
         tables.show_json({**asdict(report), "folder": str(report.folder)})
     else:
-        tables.console().print(f"{folder}: {report.adapters} adapters, {report.bytes / 1e6:.1f} MB")
+        tables.console().print(f"{folder}: {report.adapters} adapters, {report.bytes / 1e6:.1f} MB", soft_wrap=True)
     for name in report.missing:
         typer.echo(f"{name} is recorded, but its copy in the index is gone: loracompose index verify {index}", err=True)
     raise typer.Exit(1 if report.missing else 0)
@@ -231,7 +235,9 @@ def _show_problems(index: str, report: VerifyReport, mended: Sequence[Problem], 
         if mended:
             tables.console().print(tables.problem_table(f"{len(mended)} mended", mended))
         if report.ok:
-            tables.console().print(f"[green]ok[/] {escape(index)}: {report.checked} adapters present and unchanged")
+            tables.console().print(
+                f"[green]ok[/] {escape(index)}: {report.checked} adapters present and unchanged", soft_wrap=True
+            )
         else:
             tables.console().print(tables.problem_table(f"{len(report.problems)} problems", report.problems))
     raise typer.Exit(0 if report.ok else 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +15,9 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from loracompose.composition.prompt_gates import fit_rows
 
 ASKED = ("output_hidden_states", "output_attentions", "return_dict")  # of the second pass alone
+
+
+CACHES = ("cache", "past_key_values")  # what transformers calls it from 5.24 on, and before
 
 
 class FirstPass:
@@ -59,8 +62,9 @@ class FirstPass:
 
     def _before(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {name: value for name, value in kwargs.items() if name not in ASKED}
-        if (cache := kwargs.get("past_key_values")) is not None:
-            given["past_key_values"] = self._of_base(cache)
+        for name in CACHES:
+            if kwargs.get(name) is not None:
+                given[name] = self._of_base(kwargs[name])
         if (adapted := kwargs.get("encoder_hidden_states")) is not None:
             self.encoder_states = given["encoder_hidden_states"] = self._of_encoder(adapted)
         self.running = True
@@ -69,7 +73,7 @@ class FirstPass:
                 output = part.forward(*args, **given)
         finally:
             self.running = False
-        self.states, self._base_cache = output.last_hidden_state, getattr(output, "past_key_values", None)
+        self.states, self._base_cache = output.last_hidden_state, cache_in(vars(output))
         if part is self._encoder:
             self.encoder_states = self.states
 
@@ -98,14 +102,20 @@ class FirstPass:
     def _after(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if part is self._encoder:
             self._adapted = output[0]
-        cache = kwargs.get("past_key_values")
-        cache = getattr(output, "past_key_values", None) if cache is None else cache
+        cache = cache_in(kwargs)
+        cache = cache_in(vars(output)) if cache is None else cache  # an empty one is false
         base, self._base_cache = self._base_cache, None
         if cache is None or base is None or cache in self._own:
             return
         for own, behind in zip(layers_of(cache), layers_of(base), strict=True):
             self._own[cache] = len(own)
             own.extend(behind)
+
+
+def cache_in(values: Mapping[str, Any]) -> Cache | None:
+    """The cache among what a part is given or gives, under either name."""
+    found = (values.get(name) for name in CACHES)
+    return next((cache for cache in found if cache is not None), None)
 
 
 def layers_of(cache: Cache) -> list[list[Any]]:

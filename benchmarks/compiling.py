@@ -24,6 +24,7 @@ from loracompose.composers import get_composer
 from loracompose.durable import write_whole
 from loracompose.models import load_base
 from loracompose.runtime.attach import attach
+from loracompose.runtime.first_pass import CACHE
 
 CASE = Case(rows=16, k=3, distinct=16)
 WARM = 3  # steps that are not counted: the compiler runs in the first
@@ -56,7 +57,7 @@ def static(model: PreTrainedModel, ids: torch.Tensor) -> StaticCache:
 
 def decode(model: PreTrainedModel, forward: Callable[..., Any], cache: Any, ids: torch.Tensor) -> dict[str, Any]:
     """Seconds of a step, after a prompt that runs as it is."""
-    extra = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    extra = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
     model(input_ids=ids[:, : CASE.tokens], **extra)
     seconds = []
     for place in range(CASE.tokens, ids.shape[1]):

@@ -42,6 +42,7 @@ from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.router import Router, RouterAdapter
 from loracompose.runtime.attach import attach
+from loracompose.runtime.first_pass import CACHE
 from loracompose.runtime.fitting import module_shape
 from loracompose.runtime.plan import Wanted
 from tests import tiny
@@ -536,7 +537,7 @@ def cache_error(composer: Composer, on: str) -> float:
         pieces, past = [], None
         with attach(model, deltas):
             for piece in inputs.split([prefill, *[1] * (8 - prefill)], dim=1):
-                out = model(**encoder, **{tokens: piece}, past_key_values=past, use_cache=True)
+                out = model(**encoder, **{tokens: piece, CACHE: past}, use_cache=True)
                 pieces.append(out.logits)
-                past = out.past_key_values
+                past = out[CACHE]
     return distance(torch.cat(pieces, dim=1), full)

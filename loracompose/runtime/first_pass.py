@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from loracompose.composition.prompt_gates import fit_rows
 
@@ -18,6 +19,8 @@ ASKED = ("output_hidden_states", "output_attentions", "return_dict")  # of the s
 
 
 CACHES = ("cache", "past_key_values")  # what transformers calls it from 5.24 on, and before
+CACHE = next(name for name in CACHES if name in BaseModelOutputWithPast.__dataclass_fields__)
+"""What this transformers calls a cache, in what a model is given and in what it gives."""
 
 
 class FirstPass:

@@ -22,6 +22,7 @@ from loracompose.composition.gates import GateContext
 from loracompose.composition.router import Router
 from loracompose.runtime import operator
 from loracompose.runtime.attach import attach
+from loracompose.runtime.first_pass import CACHE
 from loracompose.runtime.operator import RowOperator
 from loracompose.runtime.plan import active_pays
 from tests import laws
@@ -387,7 +388,7 @@ def test_the_adapter_form_keeps_the_laws_of_the_one_adapter_it_serves():
             full = model(input_ids=inputs).logits
         with attach(model, laws.compose_rows(composer, linear, rows)):
             first = model(input_ids=inputs[:, :5], use_cache=True)
-            rest = model(input_ids=inputs[:, 5:], past_key_values=first.past_key_values).logits
+            rest = model(input_ids=inputs[:, 5:], **{CACHE: first[CACHE]}).logits
         with attach(model, laws.compose_rows(composer, linear, rows[2:])):
             alone = model(input_ids=inputs[2:]).logits
     assert laws.distance(torch.cat([first.logits, rest], dim=1), full) < 1e-6

@@ -17,6 +17,7 @@ from loracompose.composers import Composer
 from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.runtime.attach import attach
+from loracompose.runtime.first_pass import CACHE
 from loracompose.runtime.machine import Machine
 from loracompose.runtime.plan import Wanted
 
@@ -57,7 +58,7 @@ class Way(Protocol):
 def run(model: PreTrainedModel, ids: Tensor, cache: Any, **extra: Any) -> tuple[Tensor, Any]:
     """One pass of the model over tokens that follow those in the cache."""
     held = DynamicCache(config=model.config) if cache is None else cache
-    out = model(input_ids=ids, past_key_values=held, use_cache=True, logits_to_keep=1, **extra)
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: held}, **extra)
     return out.logits[:, -1], held
 
 

@@ -138,7 +138,11 @@ def test_the_same_results_draw_the_same_figure(summaries):
 
 @pytest.mark.parametrize(
     ("name", "document", "block"),
-    [("leaderboard", "README.md", BLOCK), ("finalists", "docs/protocols.md", "finalists")],
+    [
+        ("leaderboard", "README.md", BLOCK),
+        ("finalists", "docs/protocols.md", "finalists"),
+        ("shipped_routers", "docs/learned_methods.md", "shipped"),
+    ],
 )
 def test_a_table_of_results_in_a_document_is_made_from_its_results(name, document, block):
     file = ROOT / "benchmarks" / "results" / f"{name}.json"

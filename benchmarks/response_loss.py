@@ -6,7 +6,13 @@ TASKS holds `<task>.{train,test}.jsonl` files with "prompt" and "response". The 
 the shipped pool nearest to its prompt: of the whole pool ("in-domain"), or as if its own had never been uploaded
 ("masked"). First the shipped routers are measured on equal weights, then the variants, each trained here. Variants of
 one method see the same rows in the same order and differ in what their name says. A router that is in WORK is not
-trained again, what is in the output is not measured again. `--only` takes some of the methods, in its order.
+trained again, what is in the output is not measured again. `--only` takes some of the methods, in its order. `--pool`
+takes another folder of adapters, each named as its task, for which no routers are shipped:
+
+    python benchmarks/every_linear.py TASKS runs/every_linear
+    python benchmarks/response_loss.py TASKS --pool runs/every_linear --work runs/every_linear_loss \
+        -o benchmarks/results/response_loss_every_linear.json --only base "own adapter" "equal weights" \
+        "mole, a gate per matrix" "mole, a gate per layer" "mole, a gate per block" "mole, a gate per network"
 """
 
 from __future__ import annotations
@@ -82,8 +88,9 @@ VARIANTS = (
     ),
     Variant("xlora", "xlora"),
 )
-# adapters with a router of their own, trained from scratch
-BLOCKS = {f"smora, 16 of 64 ranks in blocks of {b}": b for b in (1, 8)}
+# Adapters with a router of their own, trained from scratch. Ranks that share a gate are one expert: a block of 8 or 16
+# is a whole LoRA of that rank, of which two or one act on a token.
+BLOCKS = {f"smora, 16 of 64 ranks in blocks of {b}": b for b in (1, 8, 16)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +177,7 @@ def trained(variant: Variant, test: Test, index: AdapterIndex, data: Path, work:
         hide_own=0.0 if variant.seen else 0.5,
     )
     recipe = replace(common, **variant.recipe)
-    pool: Any = [POOL / task for task in tasks] if variant.seen else index
+    pool: Any = [POOL / task for task in tasks] if variant.seen else index  # such variants are of the shipped pool
     settings = variant.settings
     train_router(variant.method, data, pool, folder, base=test.base, settings=settings, recipe=recipe, progress=False)
     return folder
@@ -244,6 +251,7 @@ def main() -> None:
     """Measure what the command line asks for and the output does not have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--pool", type=Path, default=POOL, help="folder of adapters, each named as its task")
     parser.add_argument("--work", type=Path, required=True, help="where routers and the index are kept")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "response_loss.json")
     parser.add_argument("--rows", type=int, default=8, help="test rows of each task")
@@ -253,7 +261,7 @@ def main() -> None:
     given = parser.parse_args()
     base, place = load_base(DEFAULT_BASE, device="cpu", dtype=given.dtype), given.work / "index"
     with (
-        AdapterIndex.open(place) if place.exists() else AdapterIndex.build(POOL, place) as index,
+        AdapterIndex.open(place) if place.exists() else AdapterIndex.build(given.pool, place) as index,
         open_pool(index, base) as pool,
     ):
         test = test_of(base, index, pool, given.data, given.rows)
@@ -279,7 +287,8 @@ def main() -> None:
 def jobs(test: Test, index: AdapterIndex, given: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Everything that is to be measured, by its name in the results."""
     made: dict[str, Callable[[], dict[str, Any]]] = {label: partial(fixed, test, kind) for label, kind in FIXED.items()}
-    for folder in sorted(folder for folder in ROUTERS.iterdir() if folder.is_dir()):
+    shipped = sorted(ROUTERS.iterdir()) if given.pool == POOL else []
+    for folder in (folder for folder in shipped if folder.is_dir()):
         made[folder.name] = partial(learned, test, partial(Path, folder))
     for variant in VARIANTS:
         made[variant.label] = partial(

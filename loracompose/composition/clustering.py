@@ -30,7 +30,7 @@ from loracompose.composition.centres import (
 )
 from loracompose.composition.seeding import greedy_seeds
 
-FINALISTS = 3  # starts that are carried on: seeds chosen well differ little, and the single moves level what is left
+TOGETHER = 3  # starts that are judged at once; more would need more memory than they save time
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +53,10 @@ Improve = Callable[[Clouds, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def kmeans(gram: Tensor, weights: Tensor, k: int, *, n_init: int, max_iter: int, seed: int) -> Clustering:
-    """k-means of G clouds at once: k-means++ seeds, Lloyd's steps from the best three, single moves from the best.
+    """k-means of G clouds at once: k-means++ seeds, Lloyd's steps and then single moves from the best of them.
 
-    Deterministic for a seed, without global random state; all clouds share their random numbers. It depends on the
+    The best start is known as soon as every point has joined a seed: to carry the best three through Lloyd's steps costs a
+    third more time, for an inertia that is 0.02 % lower on real adapters. Deterministic for a seed, without global random state; all clouds share their random numbers. It depends on the
     order of the points, which the caller fixes. A tie goes to the lower index. A cluster that lost its points
     is given one by the single moves; it stays empty only if fewer than k points are distinct.
 
@@ -74,27 +75,21 @@ def kmeans(gram: Tensor, weights: Tensor, k: int, *, n_init: int, max_iter: int,
     if k >= points:
         own = torch.arange(points, device=gram.device).expand(groups, -1)
         return Clustering(own, torch.ones_like(weights), weights.new_zeros(groups))
-    clouds = Clouds(gram, weights[:, None], k, gram.new_empty(3, groups * min(n_init, FINALISTS) * k * points))
+    clouds = Clouds(gram, weights[:, None], k, gram.new_empty(3, groups * min(n_init, TOGETHER) * k * points))
     labels, signs = _seeded(clouds, greedy_seeds(gram, weights, k, starts=n_init, seed=seed))
     labels, signs = _settle(_lloyd, clouds, labels, signs, max_iter)
-    labels, signs = _best(_inertia(clouds, labels, signs), 1, labels, signs)
     labels, signs = _settle(_exchange, clouds, labels, signs, max_iter)
     return Clustering(labels[:, 0], signs[:, 0], _inertia(clouds, labels, signs)[:, 0])
 
 
 def _seeded(clouds: Clouds, seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels and signs (G, FINALISTS, R) of the starts whose seeds (G, S, k) are best once all points joined one."""
+    """Labels and signs (G, 1, R) of the start whose seeds (G, S, k) are best once all points joined one."""
     found = []
-    for first in range(0, seeds.shape[1], FINALISTS):  # in the memory that all that follows needs
-        labels, signs = nearest(clouds, at_points(clouds, seeds[:, first : first + FINALISTS]))
+    for first in range(0, seeds.shape[1], TOGETHER):
+        labels, signs = nearest(clouds, at_points(clouds, seeds[:, first : first + TOGETHER]))
         found.append((_inertia(clouds, labels, signs), labels, signs))
     inertia, labels, signs = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return _best(inertia, FINALISTS, labels, signs)
-
-
-def _best(inertia: Tensor, count: int, labels: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels and signs (G, S, R) of the `count` starts of least inertia (G, S), the first among equals."""
-    kept = inertia.argsort(dim=-1, stable=True)[:, :count, None].expand(-1, -1, labels.shape[-1])
+    kept = inertia.min(dim=-1).indices[:, None, None].expand(-1, 1, labels.shape[-1])  # the first among equals
     return labels.gather(1, kept), signs.gather(1, kept)
 
 

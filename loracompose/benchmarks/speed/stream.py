@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Stream:
         rows: prompts that run together.
         new_tokens: of every answer.
         store_bytes: what the adapters in memory may occupy.
+        overlap: whether the adapters of the next batch are loaded while one generates.
         seed: of the drawing.
     """
 
@@ -51,6 +53,7 @@ class Stream:
     rows: int = 16
     new_tokens: int = 16
     store_bytes: int = STORE_BYTES
+    overlap: bool = True
     seed: int = 0
 
     def sets(self, adapters: int) -> Iterator[list[int]]:
@@ -174,15 +177,19 @@ def serve(base: str, pool: Path, size: int, stream: Stream) -> dict[str, Any]:
     with Engine(opened, Mixture(), store) as engine:
         engine.generate(prompts[: stream.rows], adapters=[[]] * stream.rows, max_new_tokens=stream.new_tokens)
         start = time.perf_counter()
-        spent: dict[str, float] = {}
-        for first in range(0, stream.prompts, stream.rows):
-            batch = slice(first, first + stream.rows)
-            answers = engine.generate(
-                prompts[batch], adapters=sets[batch], max_new_tokens=stream.new_tokens, min_new_tokens=stream.new_tokens
-            )
-            for stage, seconds in answers[0].timings.items():
-                spent[stage] = spent.get(stage, 0.0) + seconds
+        answers = engine.generate(
+            prompts,
+            adapters=sets,
+            batch_size=stream.rows,
+            overlap=stream.overlap,
+            max_new_tokens=stream.new_tokens,
+            min_new_tokens=stream.new_tokens,
+        )
         total = time.perf_counter() - start
+    batches = {tuple(answer.timings.items()) for answer in answers}  # every answer has the times of its batch
+    spent: dict[str, float] = {}
+    for stage, seconds in chain.from_iterable(batches):
+        spent[stage] = spent.get(stage, 0.0) + seconds
     stats = store.stats
     return {
         "seconds": total,

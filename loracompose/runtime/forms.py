@@ -111,7 +111,7 @@ class SharedForm:
     def __init__(self, bank: GroupBank) -> None:
         use, place, dtype = bank.use, bank.A.device, bank.A.dtype
         self._A, self._B = bank.A, bank.B  # (R, d_in), and (R_i, d_out) each
-        self._parts = _parts(bank.ranks)
+        self._ranks = list(bank.ranks)
         weights = torch.cat(use.weights, dim=1)[use.row_of]  # (batch, R)
         if use.distinct == 1:  # every rank is used, by every row alike
             self._B = tuple(B * w[0, :, None].to(B) for B, w in zip(self._B, use.weights, strict=True))
@@ -122,27 +122,32 @@ class SharedForm:
         self._spread: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         self._place = place
 
-    def shrink(self, x: Tensor) -> Tensor:
-        """The weighted A x, (batch * times * seq, R)."""
-        rows, seq = x.shape[:2]
+    def shrink(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The weighted A x of every module, (batch * times * seq, R_i) each."""
+        rows, seq, width = x.shape
         weights, off = self._for(rows // self._batch)
-        h = torch.mm(x.reshape(rows * seq, -1), self._A.mT)  # (batch * times * seq, R)
-        by_row = h.view(rows, seq, -1)
+        h = torch.mm(x.reshape(rows * seq, width), self._A.mT)  # (batch * times * seq, R)
+        by_token = h
+        if seq > 1:
+            by_token = h.view(rows, seq, -1)
+            weights, off = (None if each is None else each[:, None] for each in (weights, off))
         # Not the weights alone: an adapter that overflows must not turn rows that do not use it into inf * 0 = nan.
         if off is not None:
-            by_row = by_row.masked_fill_(off, 0.0)
+            by_token.masked_fill_(off, 0.0)
         if weights is not None:
-            by_row = by_row.mul_(weights)
-        return by_row.view_as(h)
+            by_token.mul_(weights)
+        return h.split(self._ranks, dim=1)
 
-    def add(self, member: int, h: Tensor, output: Tensor, *, own: bool) -> Tensor:
+    def add(self, member: int, h: tuple[Tensor, ...], output: Tensor, *, own: bool) -> Tensor:
         """Output + h B, of one module."""
-        flat = output.reshape(len(h), -1)  # (batch * times * seq, d_out)
-        part = h[:, self._parts[member]], self._B[member]
-        return (flat.addmm_(*part) if own else torch.addmm(flat, *part)).view(output.shape)
+        part, B = h[member], self._B[member]
+        if own:
+            output.view(part.shape[0], B.shape[1]).addmm_(part, B)
+            return output
+        return torch.addmm(output.reshape(part.shape[0], B.shape[1]), part, B).view(output.shape)
 
     def _for(self, times: int) -> tuple[Tensor | None, Tensor | None]:
-        """Weights and what is switched off, (batch * times, 1, R), None where they would change nothing."""
+        """Weights and what is switched off, (batch * times, R), None where they would change nothing."""
         if times not in self._spread:
             with torch.inference_mode(False), torch.no_grad():  # passes outside of inference mode may follow
                 self._spread[times] = (
@@ -152,7 +157,7 @@ class SharedForm:
         return self._spread[times]
 
     def _repeated(self, by_row: Tensor, times: int) -> Tensor:
-        return by_row.repeat_interleave(times, dim=0)[:, None].to(self._place)
+        return by_row.repeat_interleave(times, dim=0).to(self._place)
 
 
 class GatheredForm:
@@ -166,7 +171,7 @@ class GatheredForm:
         """Gather the ranks of every composition."""
         use, place = bank.use, bank.A.device
         self._rows = use.lineup().to(place)
-        self._parts = _parts(use.widest)
+        self._ranks = list(use.widest)
         picks = use.picks()
         end, start, in_A = sum(bank.ranks), 0, []
         for (pick, _), ranks in zip(picks, bank.ranks, strict=True):
@@ -179,24 +184,21 @@ class GatheredForm:
         self._A = A.mT  # (distinct, d_in, R' of all modules)
         self._B = tuple(b.mul_(w[..., None].to(b)) for b, (_, w) in zip(B, picks, strict=True))  # (distinct, R', d_out)
 
-    def shrink(self, x: Tensor) -> Tensor:
-        """A x with each row's own A, (distinct, places * times * seq, R')."""
-        return torch.bmm(self._rows.line_up(x), self._A)
+    def shrink(self, x: Tensor) -> tuple[Tensor, ...]:
+        """A x with each row's own A, of every module, (distinct, places * times * seq, R'_i) each."""
+        return torch.bmm(self._rows.line_up(x), self._A).split(self._ranks, dim=2)
 
-    def add(self, member: int, h: Tensor, output: Tensor, *, own: bool) -> Tensor:
+    def add(self, member: int, h: tuple[Tensor, ...], output: Tensor, *, own: bool) -> Tensor:
         """Output + h B, of one module, with each row's own B."""
-        h, B = h[..., self._parts[member]], self._B[member]
-        if self._rows.place is None:
-            flat = output.reshape(*h.shape[:2], -1)
-            return (flat.baddbmm_(h, B) if own else torch.baddbmm(flat, h, B)).view(output.shape)
-        added = self._rows.go_back(torch.bmm(h, B)).reshape(output.shape)
-        return output.add_(added) if own else output + added
-
-
-def _parts(ranks: Sequence[int]) -> tuple[slice, ...]:
-    """Where the ranks of every module lie among those of all."""
-    ends = [sum(ranks[: i + 1]) for i in range(len(ranks))]
-    return tuple(slice(end - r, end) for end, r in zip(ends, ranks, strict=True))
+        part, B = h[member], self._B[member]
+        if self._rows.place is not None:
+            added = self._rows.go_back(torch.bmm(part, B)).reshape(output.shape)
+            return output.add_(added) if own else output + added
+        shape = part.shape[0], part.shape[1], B.shape[2]
+        if own:
+            output.view(shape).baddbmm_(part, B)
+            return output
+        return torch.baddbmm(output.reshape(shape), part, B).view(output.shape)
 
 
 def _rows(bank: Tensor, used: Tensor) -> Tensor:

@@ -132,6 +132,7 @@ class StaticGroup:
         self._form_wanted, self._machine = form, machine
         self._member = {path: i for i, path in enumerate(deltas)}
         self._use = RowUse.count([weights[path] for path in deltas])
+        self._batch = self._use.batch  # once, for a step asks for it at every module
         self._shared = SharedInput(deltas, slot, self._shrink)
         self._alone: dict[str, StaticGroup] = {}
         self._bank: GroupBank | None = None
@@ -148,15 +149,19 @@ class StaticGroup:
         Raises:
             ValueError: the rows of x are not a multiple of the batch.
         """
-        times_of(x, self._use.batch, path)
+        times_of(x, self._batch, path)
         product = self._shared.product(path, x)
         if product is None:
             if path not in self._alone:
                 self._alone[path] = self._part(path)
             return self._alone[path].add(path, output, x)
         prepared, h = product
-        own = path in self._writable and output.is_contiguous() and not torch.is_grad_enabled()
-        own = own and output.dtype == self._dtype  # which autocast changes, but not inside of what is done in place
+        own = (
+            path in self._writable
+            and output.dtype == self._dtype  # which autocast changes, but not inside of what is done in place
+            and not torch.is_grad_enabled()
+            and output.is_contiguous()
+        )
         return prepared.add(self._member[path], h, output, own=own)
 
     def _part(self, path: str) -> StaticGroup:

@@ -3,11 +3,10 @@
     python benchmarks/several_kinds.py FLAN48 TASKS POOL --work DIR -o benchmarks/results/several_kinds.json
 
 Adapters of several kinds are made: tasks are merged by two or three at random, their profiles together as long as one
-was. The arguments are those of `retriever_finetuning.py`. A kind is indexed as if it were an adapter, all four channels
-alike, and the posterior of an adapter is the sum of those of its kinds, which have their shares of its examples as
-priors. Compared are
+was. The arguments are those of `retriever_finetuning.py`. Kinds are indexed as those that a card names are
+(`loracompose/retrieval/centres.py`). Compared are
 
-- one centre for each adapter, as an index has it,
+- one centre for each adapter, as an index has it whose cards name no kinds,
 - kinds found by Ward's clustering of an adapter's embeddings, where its examples tell so: phrasings are held out of
   the pool with and without the split, and their mean log posterior must grow by two standard errors,
 - the kinds as they were merged: what could be gained at most.
@@ -32,6 +31,8 @@ from loracompose.benchmarks.retrieval_data import RetrievalData, read_arguments,
 from loracompose.benchmarks.retrieval_scorings import Floats, embed, read_pool
 from loracompose.cli.retrieval_tables import rounded
 from loracompose.durable import write_whole
+from loracompose.retrieval.cards import Card
+from loracompose.retrieval.centres import Centres
 from loracompose.retrieval.discriminant import Discriminant, Statistics
 from loracompose.retrieval.embedding import INSTRUCTION, SentenceTransformerEmbedder, edges, representation, whole
 from loracompose.retrieval.fitting import Fitted, Shaped, choose, fitted_hybrid, hold_out
@@ -66,32 +67,25 @@ class Merged:
 
 
 @dataclass(frozen=True, eq=False)
-class Centres:
-    """The centres of a pool, by the examples of each; `owner` is its adapter, `share` its part of the adapter's."""
+class Split:
+    """A pool by the examples of each of its centres, which are those of `centres`."""
 
     texts: list[list[str]]
     features: list[np.ndarray]
-    owner: np.ndarray
-    share: np.ndarray
+    centres: Centres
 
     @classmethod
-    def of(cls, pool: Merged, labels: Labels) -> Centres:
+    def of(cls, pool: Merged, labels: Labels) -> Split:
         """One centre for each label of each adapter."""
-        places = [(k, np.flatnonzero(own == kind)) for k, own in enumerate(labels) for kind in np.unique(own)]
-        return cls(
-            [[pool.texts[k][i] for i in rows] for k, rows in places],
-            [pool.features[k][rows] for k, rows in places],
-            np.array([k for k, _ in places]),
-            np.array([len(rows) / len(labels[k]) for k, rows in places]),
-        )
+        pool = ordered(pool, labels)
+        kinds = [tuple(map(str, np.sort(own))) for own in labels]
+        cards = [Card(str(k), examples=tuple(pool.texts[k]), kinds=own) for k, own in enumerate(kinds)]
+        centres = Centres.of(cards)
+        return cls(centres.split(pool.texts), centres.split(pool.features), centres)
 
     def posterior(self, fits: Floats) -> Floats:
         """Log p(adapter | prompt), (rows, adapters), from the fits of the centres, (rows, centres)."""
-        logs = log_softmax(fits + np.log(self.share))
-        found = np.full((len(fits), int(self.owner.max()) + 1), -np.inf)
-        for column, adapter in enumerate(self.owner):
-            found[:, adapter] = np.logaddexp(found[:, adapter], logs[:, column])
-        return found
+        return log_softmax(self.centres.joined(fits))
 
     def fit(self) -> tuple[Fitted, Callable[[np.ndarray, Sequence[str]], Floats]]:
         """What an index would fit to these centres, and how it then scores prompts."""
@@ -134,37 +128,41 @@ def evidence(pool: Merged, labels: Labels, fitted: Fitted) -> np.ndarray:
 
     The phrasings are those within kinds; the same examples are held out in both cases. `fitted` is of one centre each.
     """
-    order = [np.argsort(own, kind="stable") for own in labels]
-    sorted_pool = replace(
-        pool,
-        texts=[[texts[i] for i in rows] for texts, rows in zip(pool.texts, order, strict=True)],
-        features=[group[rows] for group, rows in zip(pool.features, order, strict=True)],
-    )
-    many = Centres.of(sorted_pool, [np.sort(own) for own in labels])
-    one = Centres.of(sorted_pool, whole_adapters(pool))
+    many = Split.of(pool, labels)
+    one = Split.of(ordered(pool, labels), whole_adapters(pool))
     folds = phrasing_folds([read_profile(group) for group in many.texts])
     apart, kind = many.held_out(many.fit()[0], folds)
     together, own = one.held_out(fitted, [joined(fold, many) for fold in folds])
     rows = np.arange(len(own))
-    grown = many.posterior(apart)[rows, many.owner[kind]] - log_softmax(together)[rows, own]
+    grown = many.posterior(apart)[rows, many.centres.owner[kind]] - log_softmax(together)[rows, own]
     by_adapter = [grown[own == k] for k in range(len(pool.texts))]
     return np.array([part.mean() / (part.std(ddof=1) / np.sqrt(len(part))) for part in by_adapter])
 
 
-def joined(fold: Fold, centres: Centres) -> Fold:
+def joined(fold: Fold, split: Split) -> Fold:
     """A fold of centres as one of adapters, whose examples are those of their centres in turn."""
-    sizes = [len(group) for group in centres.texts]
+    owner = split.centres.owner
+    sizes = [len(group) for group in split.texts]
     before = np.cumsum(sizes) - sizes
-    starts = before - before[np.searchsorted(centres.owner, centres.owner)]  # within the adapter
+    starts = before - before[np.searchsorted(owner, owner)]  # within the adapter
 
     def of(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
         moved = [part + start for part, start in zip(parts, starts, strict=True)]
         return tuple(
-            np.concatenate([moved[i] for i in np.flatnonzero(centres.owner == k)])
-            for k in range(int(centres.owner.max()) + 1)
+            np.concatenate([moved[i] for i in np.flatnonzero(owner == k)]) for k in range(int(owner.max()) + 1)
         )
 
     return Fold(of(fold.kept), of(fold.held))
+
+
+def ordered(pool: Merged, labels: Labels) -> Merged:
+    """The pool with the examples of each adapter in the order of their labels."""
+    order = [np.argsort(own, kind="stable") for own in labels]
+    return replace(
+        pool,
+        texts=[[texts[i] for i in rows] for texts, rows in zip(pool.texts, order, strict=True)],
+        features=[group[rows] for group, rows in zip(pool.features, order, strict=True)],
+    )
 
 
 def whole_adapters(pool: Merged) -> Labels:
@@ -202,7 +200,7 @@ def merge(data: RetrievalData, features: np.ndarray, size: int, seed: int = 0) -
 def measure(pool: Merged, size: int) -> dict[str, Any]:
     """What each way finds."""
     one, split = whole_adapters(pool), clusters(pool, max(size, 2))
-    gained = evidence(pool, split, Centres.of(pool, one).fit()[0])
+    gained = evidence(pool, split, Split.of(pool, one).fit()[0])
     found = [many if gain > ERRORS else few for many, few, gain in zip(split, one, gained, strict=True)]
     ways = {"one centre": one, "kinds found": found}
     if size > 1:
@@ -210,7 +208,7 @@ def measure(pool: Merged, size: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     before: dict[str, np.ndarray] = {}
     for name, labels in ways.items():
-        centres = Centres.of(pool, labels)
+        centres = Split.of(pool, labels)
         logs = centres.posterior(centres.fit()[1](pool.queries, pool.prompts))
         result[name] = {"adapters split": sum(int(own.max() > 0) for own in labels), "parts": {}}
         for part, here in pool.parts.items():

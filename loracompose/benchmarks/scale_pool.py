@@ -102,7 +102,7 @@ def _rows(profiles: Profiles, plan: Plan) -> Iterator[tuple[Rows, Rows]]:
         blobs = drawn.embeddings.astype("<f2")
         names = [f"{first + row:07d}" for row in range(len(blobs))]
         adapters = [
-            (first + row + 1, name, f"pool/{name}", name, "base", "", "", "[]", "{}", "")
+            (first + row + 1, name, f"pool/{name}", name, "base", "", "", "[]", "[]", "{}", "")
             for row, name in enumerate(names)
         ]
         examples = [
@@ -119,7 +119,7 @@ def _insert(path: Path, rows: Iterator[tuple[Rows, Rows]]) -> None:
     connection.execute("PRAGMA synchronous = OFF")
     connection.execute("PRAGMA journal_mode = OFF")
     for adapters, examples in rows:
-        connection.executemany("INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", adapters)
+        connection.executemany("INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", adapters)
         connection.executemany("INSERT INTO examples VALUES (?, ?, ?, ?)", examples)
         connection.commit()
     connection.execute("UPDATE meta SET value = '1' WHERE key = 'generation'")

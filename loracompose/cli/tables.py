@@ -78,7 +78,10 @@ def uses_table(answer: Generation) -> Table | Text:
 
 
 def explanation_table(explanation: Explanation) -> Table:
-    """Candidates with the share of each channel, the decisive one in bold, and what speaks for them."""
+    """Candidates with the share of each channel, the decisive one in bold, and what speaks for them.
+
+    Where an adapter serves several kinds of prompt, its kind stands under its name.
+    """
     channels = list(explanation.candidates[0].channels) if explanation.candidates else []
     rows = []
     for found in explanation.candidates:
@@ -90,7 +93,8 @@ def explanation_table(explanation: Explanation) -> Table:
         nearest = "\n".join(
             f"{near.similarity:.2f} {escape(shorten(near.prompt, 60, placeholder=' …'))}" for near in found.nearest
         )
-        rows.append((escape(found.card.name), f"{found.probability:.3f}", *shares, words, nearest))
+        name = "\n".join(escape(text) for text in (found.card.name, found.kind) if text)
+        rows.append((name, f"{found.probability:.3f}", *shares, words, nearest))
     title = f"{escape(explanation.prompt)}\ntypicality {explanation.typicality:.3f}"
     heads = ("adapter", "probability", *channels, "speaks for it", "nearest examples")
     return table(title, heads, rows, right=range(1, 2 + len(channels)))
@@ -101,6 +105,7 @@ def explanation_json(explanation: Explanation) -> dict[str, Any]:
     found = [
         {
             "name": candidate.card.name,
+            "kind": candidate.kind,
             "score": candidate.score,
             "probability": candidate.probability,
             "channels": dict(candidate.channels),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ class Card:
     `name` is the name of the adapter's folder. `examples` are prompts of the kind the adapter was made for; they
     are what search compares with. `fingerprint` and `base_model` come from the adapter itself. `extra` holds the
     keys of `card.json` that are not ours, as they were; treat it as read-only.
+
+    `kinds` is the kind of each example, kind after kind, where the adapter serves several unlike kinds of prompt: each
+    is then compared with prompts by itself (`centres.py`). It is empty where all examples are of one kind, named or
+    not. Scoring "mean" and pools above the index's `exact_limit` take all examples for one kind.
     """
 
     name: str
@@ -28,6 +33,25 @@ class Card:
     fingerprint: str = ""
     base_model: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    kinds: tuple[str, ...] = ()
+
+    def parts(self) -> tuple[tuple[str, slice], ...]:
+        """Name of each kind and where its examples stand; a single kind has no name.
+
+        Raises:
+            ValueError: `kinds` are not one for each example, kind after kind.
+        """
+        kinds, count = self.kinds, len(self.examples)
+        starts = [place for place in range(len(kinds)) if place == 0 or kinds[place] != kinds[place - 1]]
+        names = [kinds[start] for start in starts]
+        if kinds and (len(kinds) != count or len(set(names)) != len(names)):
+            raise ValueError(
+                f"{self.name}: kinds must name the kind of each of its {count} examples, those of one kind side by "
+                f"side, got {kinds}; read the card from {CARD_FILE} again: update(folder)"
+            )
+        if len(names) < 2:
+            return (("", slice(0, count)),)
+        return tuple((name, slice(*ends)) for name, ends in zip(names, pairwise([*starts, count]), strict=True))
 
 
 def read_card(folder: Path, name: str | None = None) -> Card:
@@ -58,23 +82,60 @@ def read_card(folder: Path, name: str | None = None) -> Card:
 
 def _card(name: str, content: dict[str, Any]) -> Card:
     extra = {key: value for key, value in content.items() if key not in _KEYS}
-    examples = _strings(name, content, "examples")
-    if not examples:
-        raise ValueError(
-            f"{name}: {CARD_FILE} has no examples (its keys are {sorted(content)}); without example prompts "
-            "search cannot find the adapter. Give about 20 prompts of its kind under 'examples'"
-        )
-    blank = [position for position, prompt in enumerate(examples) if not prompt.strip()]
-    if blank:
-        raise ValueError(f"{name}: {CARD_FILE} has blank examples at positions {blank}; remove them")
+    groups = _groups(name, content)
+    labels = tuple(kind for kind, prompts in groups.items() for _ in prompts)
     return Card(
         name=_encodable(name, "the folder's name", name),
         description=_string(name, content, "description"),
-        examples=examples,
-        tags=_strings(name, content, "tags"),
+        examples=tuple(prompt for prompts in groups.values() for prompt in prompts),
+        tags=_strings(name, content.get("tags", []), "'tags'"),
         license=_string(name, content, "license"),
         extra=extra,
+        kinds=labels if len(groups) > 1 else (),  # of a single kind the name says nothing
     )
+
+
+def _groups(name: str, content: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Example prompts by their kind; a list is one kind of no name."""
+    given = content.get("examples", [])
+    if not isinstance(given, dict):
+        prompts = _strings(name, given, "'examples'")
+        if not prompts:
+            raise ValueError(
+                f"{name}: {CARD_FILE} has no examples (its keys are {sorted(content)}); without example prompts "
+                "search cannot find the adapter. Give about 20 prompts of its kind under 'examples'"
+            )
+        return {"": _written(name, prompts, "")}
+    if not given:
+        raise ValueError(
+            f"{name}: 'examples' in {CARD_FILE} names no kind, got {{}}, expected {{kind: [prompt, ...]}}; "
+            "name each kind and give prompts of it, or give one list of prompts"
+        )
+    return {_kind(name, kind): _of_kind(name, kind, prompts) for kind, prompts in given.items()}
+
+
+def _kind(name: str, kind: str) -> str:
+    if not kind.strip():
+        raise ValueError(f"{name}: a kind under 'examples' in {CARD_FILE} has no name, got {kind!r}; give it one")
+    return _encodable(name, "the name of a kind", kind)
+
+
+def _of_kind(name: str, kind: str, given: Any) -> tuple[str, ...]:
+    prompts = _strings(name, given, f"the kind {kind!r} under 'examples'")
+    if not prompts:
+        raise ValueError(
+            f"{name}: the kind {kind!r} under 'examples' in {CARD_FILE} has no examples, got []; give prompts of it, "
+            "or leave it out"
+        )
+    return _written(name, prompts, f" of the kind {kind!r}")
+
+
+def _written(name: str, prompts: tuple[str, ...], whose: str) -> tuple[str, ...]:
+    """The prompts themselves; none may be blank."""
+    blank = [position for position, prompt in enumerate(prompts) if not prompt.strip()]
+    if blank:
+        raise ValueError(f"{name}: {CARD_FILE} has blank examples{whose} at positions {blank}; remove them")
+    return prompts
 
 
 _KEYS = frozenset({"description", "examples", "tags", "license"})
@@ -87,14 +148,13 @@ def _string(name: str, content: dict[str, Any], key: str) -> str:
     return _encodable(name, key, value)
 
 
-def _strings(name: str, content: dict[str, Any], key: str) -> tuple[str, ...]:
-    value = content.get(key, [])
+def _strings(name: str, value: Any, what: str) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise ValueError(f"{name}: {key!r} in {CARD_FILE} must be a list of strings, got {value!r}")
+        raise ValueError(f"{name}: {what} in {CARD_FILE} must be a list of strings, got {value!r}")
     wrong = next((item for item in value if not isinstance(item, str)), None)
     if wrong is not None or None in value:
-        raise ValueError(f"{name}: {key!r} in {CARD_FILE} must be a list of strings, one item is {wrong!r}")
-    return tuple(_encodable(name, key, item) for item in value)
+        raise ValueError(f"{name}: {what} in {CARD_FILE} must be a list of strings, one item is {wrong!r}")
+    return tuple(_encodable(name, what, item) for item in value)
 
 
 def _encodable(name: str, key: str, value: str) -> str:

@@ -25,7 +25,7 @@ from loracompose.retrieval.tables import Entry, Settings, Tombstone
 
 __all__ = ["FORMAT", "Card", "Catalog", "Entry", "Settings", "Tombstone"]
 
-FORMAT = 3
+FORMAT = 4
 
 
 class Catalog:

@@ -1,4 +1,8 @@
-"""All that a generation chooses by holding out its own examples; no other data is ever looked at."""
+"""All that a generation chooses by holding out its own examples; no other data is ever looked at.
+
+A pool of K adapters has C centres (`centres.py`). Held out and chosen for are centres; means and what tells how well
+prompts fit at all are of adapters.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from loracompose.retrieval.centres import Centres
 from loracompose.retrieval.discriminant import Discriminant, Spectrum, Statistics, fit_discriminant, own_columns
 from loracompose.retrieval.embedding import edges, instructed, whole
 from loracompose.retrieval.hybrid import Hybrid, Queries, fit_weights
@@ -33,7 +38,8 @@ class Fitted:
 
     `shrinkage` of the discriminant of whole prompts and `spread`, the temperature of its distances; the same of the
     `edges` and of the `shape`; `weights` of the channels, three where a pool has no shapes; `mean_temperature` for
-    cosines with means; `calibration`, for each scoring the best fit of each held-out example, ascending.
+    cosines with means; `calibration`, for each scoring the fit of each held-out example with the adapter that it fits
+    best, ascending.
     """
 
     shrinkage: float
@@ -57,7 +63,7 @@ class Spectra:
 
 @dataclass(frozen=True, eq=False)
 class Shaped:
-    """The spectrum of the shapes of all examples, and the example prompts of each adapter."""
+    """The spectrum of the shapes of all examples, and the example prompts of each centre."""
 
     spectrum: Spectrum
     prompts: Sequence[Sequence[str]]
@@ -65,7 +71,7 @@ class Shaped:
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Examples of these rows of a pool as the channels score them when they are held out, and what that needed.
+    """Examples of these centres of a pool as the channels score them when they are held out, and what that needed.
 
     `seen`: one by one; `anew`: with all of their phrasing (`phrasing.py`). `chosen`: shrinkage and spread of each
     discriminant: of whole prompts, of their edges, and of their shapes where there are any.
@@ -78,10 +84,10 @@ class HeldOut:
 
 
 def hold_out(examples: Examples, spectra: Spectra, lexicon: Lexicon, shaped: Shaped | None = None) -> HeldOut:
-    """Score examples of adapters of a pool, each held out, by every channel: of all adapters, or of some of many.
+    """Score examples of centres of a pool, each held out, by every channel: of all centres, or of some of many.
 
     Args:
-        examples: features of the examples of all K adapters, each (examples, width).
+        examples: features of the examples of all C centres, each (examples, width).
         spectra: of the same examples.
         lexicon: of the same examples.
         shaped: of the same examples; None where the pool has no shapes.
@@ -106,38 +112,47 @@ def hold_out(examples: Examples, spectra: Spectra, lexicon: Lexicon, shaped: Sha
 
 
 def fit(
-    means: NDArray[np.float32], examples: Examples, spectra: Spectra, lexicon: Lexicon, shaped: Shaped | None = None
+    means: NDArray[np.float32],
+    examples: Examples,
+    spectra: Spectra,
+    lexicon: Lexicon,
+    shaped: Shaped | None = None,
+    centres: Centres | None = None,
 ) -> Fitted:
     """Choose everything for a pool of K adapters.
 
     Args:
         means: their representations, (K, dimension).
         examples: features of their examples, each (examples, width).
-        spectra: of the same examples.
-        lexicon: of the same examples.
-        shaped: of the same examples; None leaves the shape out.
+        spectra: of the centres of the same examples.
+        lexicon: of the centres.
+        shaped: of the centres; None leaves the shape out.
+        centres: of the pool; None is one an adapter.
     """
-    return choose(means, examples, hold_out(examples, spectra, lexicon, shaped))
+    pool = Centres.one_each(len(means)) if centres is None else centres
+    return choose(means, examples, hold_out(pool.split(examples), spectra, lexicon, shaped), pool)
 
 
-def choose(means: NDArray[np.float32], examples: Examples, held: HeldOut) -> Fitted:
+def choose(means: NDArray[np.float32], examples: Examples, held: HeldOut, centres: Centres | None = None) -> Fitted:
     """As `fit`, where the examples are already held out."""
-    under = [instructed(examples[row]) for row in held.rows]
+    pool = Centres.one_each(len(means)) if centres is None else centres
+    rows = np.unique(pool.owner[np.asarray(held.rows, dtype=np.int64)]).tolist()
+    under = [instructed(examples[row]) for row in rows]
     weights = fit_weights([held.seen, held.anew])
-    cosines, _ = held_out_cosines(means, under, held.rows)
+    cosines, _ = held_out_cosines(means, under, rows)
     total = sum(weight * part for weight, part in zip(weights, held.seen.channels, strict=True))
     calibration = {
-        "hybrid": _best(np.asarray(total)),
-        "discriminant": _best(held.seen.channels[0]),
+        "hybrid": _best(pool.joined(np.asarray(total))),
+        "discriminant": _best(pool.joined(held.seen.channels[0])),
         "mean": _best(cosines.astype(np.float64)),
     }
-    temperature = fit_temperature(means, under, held.rows)
+    temperature = fit_temperature(means, under, rows)
     first, second, *third = held.chosen
     return Fitted(*first, *second, weights, temperature, calibration, *(third[0] if third else ()))
 
 
 def fitted_hybrid(spectra: Spectra, lexicon: Lexicon, shape: Spectrum, fitted: Fitted) -> Hybrid:
-    """The hybrid as fitted; the spectra and the lexicon are of the whole pool."""
+    """The hybrid as fitted; the spectra and the lexicon are of all centres of the pool."""
     return Hybrid(
         Discriminant.of(spectra.whole, fitted.shrinkage, fitted.spread),
         Discriminant.of(spectra.edges, fitted.edges_shrinkage, fitted.edges_spread),

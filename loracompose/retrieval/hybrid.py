@@ -4,7 +4,7 @@ Two discriminants compare embeddings, of whole prompts and of their openings and
 instruction; the lexicon compares wordings, and a third discriminant the shape of the subject (`shape.py`), which no
 change of phrasing touches. Their scores are added with weights under which held-out examples choose
 their own adapter with the best likelihood. No gate is needed: evidence of the lexicon that a prompt lacks is evidence
-that is not added, see `lexicon.py`.
+that is not added, see `lexicon.py`. An adapter of several kinds of prompt stands here once for each (`centres.py`).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Hybrid:
     weights: tuple[float, ...]
 
     def fits(self, features: NDArray[np.float32], prompts: Sequence[str]) -> Floats:
-        """How well prompts and their features, (batch, width), fit each adapter, (batch, K).
+        """How well prompts and their features, (batch, width), fit each of the K adapters, or kinds, (batch, K).
 
-        Their softmax over the adapters is p(adapter | prompt).
+        Their softmax is p(adapter | prompt), or p(kind | prompt) where all kinds are equally likely beforehand.
         """
         return np.asarray(sum(self.channels(features, prompts).values()))
 

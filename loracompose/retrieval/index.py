@@ -46,7 +46,10 @@ class AdapterIndex(StoredIndex):
       the adapters of held-out examples; the score is the logarithm of p(adapter | prompt).
     - "discriminant": under the covariance of what varies within adapters (`discriminant.py`); likewise log p.
     - "mean": the cosine with the renormalised mean of the adapter's instructed examples (LoraRetriever,
-      arXiv:2402.09997, except that the paper's code does not renormalise the mean).
+      arXiv:2402.09997, except that the paper's code does not renormalise the mean), whatever their kinds.
+
+    Where a card names several kinds of prompt, the first two compare with each kind, and p(adapter | prompt) is the sum
+    over its kinds; a pool of more than `exact_limit` adapters has one centre an adapter.
 
     Weights are a softmax of the scores over the retrieved, at the temperature that fits the pool's own examples;
     LoraRetriever weighs uniformly.

@@ -96,7 +96,7 @@ def _by_card(home: Path, entries: Sequence[Entry], look_in: Sequence[Path]) -> d
 
 
 def _summed(card: Card) -> str:
-    content = [card.description, card.examples, card.tags, card.license, dict(card.extra)]
+    content = [card.description, card.examples, card.kinds, card.tags, card.license, dict(card.extra)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

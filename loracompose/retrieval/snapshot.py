@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from loracompose.durable import whole_file
 from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog, Entry, Settings
+from loracompose.retrieval.centres import Centres
 from loracompose.retrieval.discriminant import Spectrum, Statistics
 from loracompose.retrieval.embedding import edges, representation, whole
 from loracompose.retrieval.fitting import Fitted, Shaped, Spectra, fit, fitted_hybrid
@@ -38,7 +39,8 @@ class Snapshot:
     """The adapters of one generation, and all that searches derive from them.
 
     `vectors` is a faiss.IndexFlatIP whose row i represents entries[i]; `examples[i]` are the stored embeddings of its
-    examples, (examples, width); `statistics` are of whole prompts, of their edges and of their shapes.
+    examples, (examples, width). `centres` are the kinds of prompt of the adapters; `statistics`, of whole prompts, of
+    their edges and of their shapes, and `hybrid` are of these, `vectors` and `fitted` of whole adapters.
     """
 
     generation: int
@@ -46,15 +48,19 @@ class Snapshot:
     entries: tuple[Entry, ...]
     vectors: Any
     examples: tuple[NDArray[np.float32], ...]
+    centres: Centres
     statistics: tuple[Statistics, Statistics, Statistics]
     hybrid: Hybrid
     fitted: Fitted
 
     def fits(self, scoring: Scoring, features: NDArray[np.float32], prompts: Sequence[str]) -> NDArray[np.float64]:
-        """How well prompts and their features, (batch, width), fit each adapter; softmax is p(adapter | prompt)."""
-        if scoring == "hybrid":
-            return self.hybrid.fits(features, prompts)
-        return self.hybrid.discriminant.fits(whole(features))
+        """How well prompts and their features, (batch, width), fit each adapter, (batch, N).
+
+        Softmax is p(adapter | prompt), the sum over the adapter's kinds. `scoring` is "hybrid" or "discriminant".
+        """
+        hybrid = scoring == "hybrid"
+        fits = self.hybrid.fits(features, prompts) if hybrid else self.hybrid.discriminant.fits(whole(features))
+        return self.centres.joined(fits)
 
     def typicality(self, scoring: Scoring, fits: NDArray[np.float64]) -> NDArray[np.float64]:
         """Conformal p-values, (batch,), of the best fits of prompts: the share of the examples that fit no better.
@@ -100,16 +106,17 @@ def take_snapshot(catalog: Catalog, file: Path, previous: Snapshot | None = None
         vectors = faiss.IndexFlatIP(settings.dimension)
         vectors.add(_matrix(entries, examples, settings, previous))
         _keep_vectors(catalog, generation, file, vectors)
+    centres = Centres.of([entry.card for entry in entries])
     statistics = _statistics(entries, examples, settings, previous)
     first, second, third = map(Spectrum.of, statistics)
-    spectra, lexicon = Spectra(first, second), _lexicon(entries, previous)
+    spectra, lexicon = Spectra(first, second), _lexicon(entries, centres, previous)
     if fitted is None:
-        shaped = Shaped(third, [entry.card.examples for entry in entries])
-        fitted = json.dumps(asdict(fit(all_vectors(vectors), examples, spectra, lexicon, shaped)))
+        shaped = Shaped(third, centres.split([entry.card.examples for entry in entries]))
+        fitted = json.dumps(asdict(fit(all_vectors(vectors), examples, spectra, lexicon, shaped, centres)))
         catalog.note(FITTED_KEY, generation, fitted)
     chosen = Fitted(**json.loads(fitted))
     hybrid = fitted_hybrid(spectra, lexicon, third, chosen)
-    return Snapshot(generation, settings, entries, vectors, examples, statistics, hybrid, chosen)
+    return Snapshot(generation, settings, entries, vectors, examples, centres, statistics, hybrid, chosen)
 
 
 def all_vectors(vectors: Any) -> NDArray[np.float32]:
@@ -185,26 +192,43 @@ def _statistics(
     settings: Settings,
     previous: Snapshot | None,
 ) -> tuple[Statistics, Statistics, Statistics]:
-    """The previous statistics without what has gone and with what has come, which stands at the end."""
+    """The previous statistics without the centres of what has gone and with those of what has come, at the end."""
     known = previous.entries if previous is not None else ()
     nothing = Statistics.of((), settings.width // 2)
     before = previous.statistics if previous is not None else (nothing, nothing, Statistics.of((), SHAPE_WIDTH))
     present, past = {entry.id for entry in entries}, {entry.id for entry in known}
     gone = [row for row, entry in enumerate(known) if entry.id not in present]
     come = [row for row, entry in enumerate(entries) if entry.id not in past]
-    left = [previous.examples[row] for row in gone] if previous is not None else []
-    new = [examples[row] for row in come]
+    left, left_texts = _of_centres(known, previous.examples if previous is not None else (), gone)
+    new, new_texts = _of_centres(entries, examples, come)
+    columns = np.flatnonzero(np.isin(previous.centres.owner, gone)).tolist() if previous is not None else []
     first, second = (
-        old.removing(gone, [half(group) for group in left]).adding([half(group) for group in new])
+        old.removing(columns, [half(group) for group in left]).adding([half(group) for group in new])
         for old, half in zip(before[:2], (whole, edges), strict=True)
     )
-    without = before[2].removing(gone, [shapes(known[row].card.examples) for row in gone])
-    return first, second, without.adding([shapes(entries[row].card.examples) for row in come])
+    without = before[2].removing(columns, [shapes(texts) for texts in left_texts])
+    return first, second, without.adding([shapes(texts) for texts in new_texts])
 
 
-def _lexicon(entries: tuple[Entry, ...], previous: Snapshot | None) -> Lexicon:
-    known: dict[int, tuple[Keys, ...]] = {}
+def _of_centres(
+    entries: Sequence[Entry], examples: Sequence[NDArray[np.float32]], rows: Sequence[int]
+) -> tuple[list[NDArray[np.float32]], list[tuple[str, ...]]]:
+    """Features and texts of the examples of each centre of the entries in these rows."""
+    cards = [entries[row].card for row in rows]
+    centres = Centres.of(cards)
+    return centres.split([examples[row] for row in rows]), centres.split([card.examples for card in cards])
+
+
+def _lexicon(entries: tuple[Entry, ...], centres: Centres, previous: Snapshot | None) -> Lexicon:
+    known: dict[tuple[int, str], tuple[Keys, ...]] = {}
     if previous is not None:
-        profiles = previous.hybrid.lexicon.profiles
-        known = {entry.id: profile for entry, profile in zip(previous.entries, profiles, strict=True)}
-    return Lexicon(tuple(known.get(entry.id) or read_profile(entry.card.examples) for entry in entries))
+        before = _named(previous.entries, previous.centres)
+        known = dict(zip(before, previous.hybrid.lexicon.profiles, strict=True))
+    texts = centres.split([entry.card.examples for entry in entries])
+    places = zip(_named(entries, centres), texts, strict=True)
+    return Lexicon(tuple(known.get(place) or read_profile(group) for place, group in places))
+
+
+def _named(entries: Sequence[Entry], centres: Centres) -> Iterator[tuple[int, str]]:
+    """Row id and kind of each centre: what its examples are known by."""
+    return ((entries[row].id, kind) for row, kind in zip(centres.owner.tolist(), centres.kinds, strict=True))

@@ -25,6 +25,7 @@ CREATE TABLE adapters (
     description TEXT NOT NULL,
     license TEXT NOT NULL,
     tags TEXT NOT NULL,
+    kinds TEXT NOT NULL,
     extra TEXT NOT NULL,
     added_at TEXT NOT NULL
 );
@@ -134,12 +135,18 @@ def stored_embeddings(blobs: Sequence[bytes], width: int) -> NDArray[np.float32]
 
 
 def insert_adapter(database: Database, card: Card, path: str) -> Entry:
-    """Insert the row of an adapter, without its examples."""
+    """Insert the row of an adapter, without its examples.
+
+    Raises:
+        ValueError: the kinds of the card are not one for each example, kind after kind.
+    """
+    card.parts()  # what could not be searched never enters
     id = database.execute(
-        "INSERT INTO adapters (path, name, description, license, fingerprint, base_model, tags, extra, added_at) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO adapters "
+        "(path, name, description, license, fingerprint, base_model, tags, kinds, extra, added_at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         *(path, card.name, card.description, card.license, card.fingerprint, card.base_model),
-        *(json.dumps(card.tags), json.dumps(dict(card.extra)), _now()),
+        *(json.dumps(card.tags), json.dumps(card.kinds), json.dumps(dict(card.extra)), _now()),
     )
     return Entry(id, card, path)
 
@@ -173,29 +180,30 @@ def _select_chunk(database: Database, ids: Sequence[int]) -> list[Entry]:
     for id, prompt in database.rows(query, *ids):
         prompts[id].append(prompt)
     query = (
-        "SELECT id, path, name, description, license, fingerprint, base_model, tags, extra "
+        "SELECT id, path, name, description, license, fingerprint, base_model, tags, kinds, extra "
         f"FROM adapters WHERE id IN ({marks}) ORDER BY id"
     )
     return [_entry(row, prompts[row[0]]) for row in database.rows(query, *ids)]
 
 
 def _entry(row: Sequence[str], prompts: Sequence[str]) -> Entry:
-    id, path, name, description, license, fingerprint, base_model, tags, extra = row
+    id, path, name, description, license, fingerprint, base_model, tags, kinds, extra = row
     card = Card(
         name=name,
         description=description,
         examples=tuple(prompts),
-        tags=_tags(tags),
+        tags=_names(tags),
         license=license,
         fingerprint=fingerprint,
         base_model=base_model,
         extra={} if extra == "{}" else json.loads(extra),  # as in most cards
+        kinds=_names(kinds),
     )
     return Entry(int(id), card, path)
 
 
 @lru_cache(maxsize=4096)
-def _tags(stored: str) -> tuple[str, ...]:
+def _names(stored: str) -> tuple[str, ...]:
     return tuple(json.loads(stored))
 
 

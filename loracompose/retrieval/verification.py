@@ -75,8 +75,8 @@ def verify(catalog: Catalog, home: Path) -> VerifyReport:
 
 def same_content(card: Card, other: Card) -> bool:
     """Whether two cards say the same of an adapter, whatever its name, weights and base model."""
-    return (card.description, card.examples, card.tags, card.license, card.extra) == (
-        *(other.description, other.examples, other.tags, other.license, other.extra),
+    return (card.description, card.examples, card.kinds, card.tags, card.license, card.extra) == (
+        *(other.description, other.examples, other.kinds, other.tags, other.license, other.extra),
     )
 
 

@@ -48,27 +48,29 @@ def test_merged_adapters_have_as_many_examples_as_others_and_each_task_is_found_
 
 
 def test_the_posterior_of_an_adapter_is_the_sum_of_those_of_its_kinds(kinds):
-    centres = kinds.Centres([["a"], ["b"], ["c"]], [], np.array([0, 0, 1]), np.array([0.75, 0.25, 1.0]))
+    pool = kinds.Merged([["a", "b", "c", "d"], ["e"]], [np.zeros((4, 1)), np.zeros((1, 1))], (), (), (), (), {})
+    split = kinds.Split.of(pool, [np.array([0, 1, 0, 0]), np.array([0])])
+    assert split.texts == [["a", "c", "d"], ["b"], ["e"]]
     fits = np.log(np.array([[0.2, 0.4, 0.5]]))
-    found = np.exp(centres.posterior(fits))
+    found = np.exp(split.posterior(fits))
     assert found == pytest.approx(np.array([[0.25, 0.5]]) / 0.75)
 
 
 def test_one_centre_an_adapter_changes_nothing_but_the_constant(kinds, merged):
-    centres = kinds.Centres.of(merged, kinds.whole_adapters(merged))
-    assert centres.texts == merged.texts
+    split = kinds.Split.of(merged, kinds.whole_adapters(merged))
+    assert split.texts == merged.texts
     fits = np.array([[1.0, 3.0]])
-    assert np.diff(centres.posterior(fits)) == pytest.approx(np.diff(fits))
+    assert np.diff(split.posterior(fits)) == pytest.approx(np.diff(fits))
 
 
 def test_the_same_examples_are_held_out_of_adapters_as_of_their_kinds(kinds, merged):
-    centres = kinds.Centres.of(merged, merged.kinds)
+    split = kinds.Split.of(merged, merged.kinds)
     held = tuple(np.array([kind, 9 - kind]) for kind in range(4))
     fold = Fold(tuple(np.setdiff1d(np.arange(10), part) for part in held), held)
-    joined = kinds.joined(fold, centres)
+    joined = kinds.joined(fold, split)
 
     def texts(groups, parts):
         return [groups[i][place] for i, part in enumerate(parts) for place in part]
 
-    assert texts(merged.texts, joined.held) == texts(centres.texts, fold.held)
-    assert texts(merged.texts, joined.kept) == texts(centres.texts, fold.kept)
+    assert texts(merged.texts, joined.held) == texts(split.texts, fold.held)
+    assert texts(merged.texts, joined.kept) == texts(split.texts, fold.kept)

@@ -44,6 +44,10 @@ CARDS = {
     "one text": (lambda folder: write(folder, '{"examples": "a b"}'), "must be a list of strings"),
     "a number": (lambda folder: write(folder, '{"examples": [1]}'), "one item is 1"),
     "no Unicode": (lambda folder: write(folder, '{"examples": ["\\ud800"]}'), "is not valid Unicode"),
+    "no kind": (lambda folder: write(folder, '{"examples": {}}'), "poem: 'examples' .* names no kind, got {}"),
+    "an empty kind": (lambda folder: write(folder, '{"examples": {"a": []}}'), "poem: the kind 'a' .* no examples"),
+    "a kind that is no list": (lambda folder: write(folder, '{"examples": {"a": "b"}}'), "list of strings, got 'b'"),
+    "a kind of no name": (lambda folder: write(folder, '{"examples": {"": ["b"]}}'), "poem: a kind .* has no name"),
     "torn weights": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"torn"), "poem"),
 }
 
@@ -130,7 +134,7 @@ def test_an_index_of_another_format_is_not_opened_and_stays_as_it_is(index, embe
         other.execute("UPDATE meta SET value = ? WHERE key = 'format'", (version,))
     other.close()
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=f"has format version {version}, this loracompose reads version 3; use the"):
+    with pytest.raises(ValueError, match=f"has format version {version}, this loracompose reads version 4; use the"):
         AdapterIndex.open(index.folder, embedder=embedder)
     assert file.read_bytes() == before
 

@@ -27,6 +27,16 @@ def test_only_examples_are_required(tmp_path):
     assert read_card(write(tmp_path / "sql", {"examples": ["a"]})) == Card("sql", examples=("a",))
 
 
+def test_kinds_are_read_one_after_the_other_and_a_single_one_is_a_list(tmp_path):
+    kinds = {"sums": ["one", "two"], "french": ["un"]}
+    expected = Card("a", examples=("one", "two", "un"), kinds=("sums", "sums", "french"))
+    assert read_card(write(tmp_path / "a", {"examples": kinds})) == expected
+    assert hash(expected) != hash(Card("a", examples=expected.examples))
+    assert read_card(write(tmp_path / "b", {"examples": {"sums": ["one"]}})) == Card("b", examples=("one",))
+    shared = {"x": ["same", "own"], "y": ["same"]}
+    assert read_card(write(tmp_path / "c", {"examples": shared})).examples == ("same", "own", "same")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -42,7 +52,16 @@ def test_only_examples_are_required(tmp_path):
         ({"examples": ["a"], "tags": "t"}, "'tags' .* list of strings"),
         ({"examples": ["a"], "description": None}, "'description' .* must be a string, got None"),
         ({"examples": ["a"], "license": 3}, "'license' .* must be a string, got 3"),
-        ({"examples": ["\ud800"]}, "examples .* not valid Unicode"),
+        ({"examples": ["\ud800"]}, "'examples' .* not valid Unicode"),
+        ({"examples": {}}, r"'examples' .* names no kind, got \{\}, expected \{kind: \[prompt, ...\]\}; name each"),
+        ({"examples": {"x": ["a"], "y": []}}, r"kind 'y' .* no examples, got \[\]; give prompts of it, or leave it"),
+        ({"examples": {"x": ["a"], "y": ["b", " "]}}, r"blank examples of the kind 'y' at positions \[1\]; remove"),
+        ({"examples": {"x": "a"}}, "kind 'x' .* must be a list of strings, got 'a'"),
+        ({"examples": {"x": ["a", 3]}}, "kind 'x' .* must be a list of strings, one item is 3"),
+        ({"examples": {"x": ["a"], "": ["b"]}}, "a kind .* has no name, got ''; give it one"),
+        ({"examples": {"x": ["a"], " ": ["b"]}}, "a kind .* has no name, got ' '; give it one"),
+        ({"examples": {"x": ["a"], "\ud800": ["b"]}}, "the name of a kind .* not valid Unicode"),
+        ({"examples": {"x": ["a"], "y": ["\ud800"]}}, "kind 'y' .* not valid Unicode"),
     ],
 )
 def test_a_wrong_card_is_refused_by_name(tmp_path, content, message):

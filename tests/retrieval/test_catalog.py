@@ -55,6 +55,17 @@ def test_what_goes_in_comes_out_after_reopening(catalog):
     with_new.close()
 
 
+def test_kinds_come_out_as_they_went_in_and_wrong_ones_change_nothing(catalog):
+    kinds = Card("x", examples=("a", "b"), kinds=("one", "ünd zwei"))
+    entry = catalog.add(kinds, "../x", unit())
+    assert catalog.entry("x") == entry
+    assert catalog.entry("x").card.kinds == ("one", "ünd zwei")
+    before = state(catalog)
+    with pytest.raises(ValueError, match="y: kinds must name the kind of each of its 2 examples"):
+        catalog.add(Card("y", examples=("a", "b"), kinds=("one",)), "../y", unit())
+    assert state(catalog) == before
+
+
 def test_the_file_is_in_wal_mode(catalog):
     with sqlite3.connect(catalog.path) as other:
         assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from loracompose.retrieval.catalog import Catalog
+from loracompose.retrieval.centres import Centres
 from loracompose.retrieval.explanation import Explanation, explain_candidates
 from loracompose.retrieval.lexicon import Lexicon
 from loracompose.retrieval.scale.metric import Singles
@@ -32,6 +33,7 @@ def explain_view(view: View, catalog: Catalog, features: Singles, prompt: str, k
         features,
         cards=[entry.card for entry in found],
         examples=lambda row: catalog.embeddings(found[row].id),
+        centres=Centres.one_each(len(found)),  # a large pool takes all examples of an adapter for one kind
         shares=shares,
         lexicon=Lexicon.of([entry.card.examples for entry in found]),
         typicality=float(view.typicality("hybrid", best)[0]),

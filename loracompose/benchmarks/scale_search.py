@@ -32,7 +32,7 @@ from loracompose.retrieval.segments import closing, opening
 BATCH = 32
 
 _QUERIES, _TIMED, _WARM = 500, 1024, 64
-_CHANGES, _CHANGES_OF_SMALL = 30, 1  # a small pool fits everything anew with the first search after each
+_CHANGES = 30
 _NEAREST = 10
 _NO_BLOCK = 1_000_000  # of no pool
 
@@ -124,8 +124,7 @@ class _Changing:
 
     def __init__(self, index: AdapterIndex, plan: Plan) -> None:
         self._index, self._made = index, _added(plan)
-        count = _CHANGES_OF_SMALL if index._large.view() is None else _CHANGES
-        self._drawn = draw_block(plan.material(), _NO_BLOCK, plan.examples, count)
+        self._drawn = draw_block(plan.material(), _NO_BLOCK, plan.examples, _CHANGES)
 
     def added(self) -> dict[str, Any]:
         """What adding costs."""

@@ -233,6 +233,11 @@ class Catalog:
         rows = self.database.rows(query, key, generation)
         return str(rows[0][0]) if rows else None
 
+    def last_noted(self, key: str) -> str | None:
+        """The value kept last, for whatever generation; None if there is none."""
+        rows = self.database.rows("SELECT value FROM derived WHERE key = ?", key)
+        return str(rows[0][0]) if rows else None
+
     @contextmanager
     def _changing(self) -> Iterator[None]:
         with self.database.writing():

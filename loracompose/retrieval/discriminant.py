@@ -70,6 +70,11 @@ class Statistics:
         """Degrees of freedom of the scatter."""
         return int(self.counts.sum()) - len(self.counts)
 
+    @property
+    def varies(self) -> bool:
+        """Whether anything is known about what varies within adapters; not where they have one example each."""
+        return self.freedom > 0 and bool(np.trace(self.scatter) > 1e-9)
+
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -88,10 +93,10 @@ class Spectrum:
     def of(cls, statistics: Statistics) -> Spectrum:
         """One eigendecomposition, after which every shrinkage is cheap."""
         width = len(statistics.scatter)
-        if statistics.freedom > 0 and np.trace(statistics.scatter) > 1e-9:
+        if statistics.varies:
             values, axes = np.linalg.eigh(statistics.scatter / statistics.freedom)
             variances = np.maximum(values, 0.0)  # rounding, and what removals left of it
-        else:  # one example each: nothing is known about what varies
+        else:
             variances, axes = np.full(width, 1.0 / width), np.eye(width)
         return cls(axes, variances, statistics.means @ axes, statistics.counts, statistics.freedom)
 
@@ -144,8 +149,11 @@ class Discriminant:
     def directly(cls, statistics: Statistics, shrinkage: float, temperature: float) -> Discriminant:
         """The same by a Cholesky factor instead of eigenvectors: a tenth of the time where one shrinkage is all."""
         width = len(statistics.scatter)
-        covariance = statistics.scatter / max(statistics.freedom, 1)
-        target = max(np.trace(covariance) / width, 1e-12)
+        if statistics.varies:
+            covariance = statistics.scatter / statistics.freedom
+        else:
+            covariance = np.eye(width) / width
+        target = np.trace(covariance) / width
         covariance = (1.0 - shrinkage) * covariance + shrinkage * target * np.eye(width)
         whitening = np.linalg.inv(np.linalg.cholesky(covariance)).T  # (D, D)
         return cls(whitening, statistics.means @ whitening, shrinkage, temperature)

@@ -162,6 +162,24 @@ def fitted_hybrid(spectra: Spectra, lexicon: Lexicon, shape: Spectrum, fitted: F
     )
 
 
+def present_hybrid(statistics: Sequence[Statistics], lexicon: Lexicon, fitted: Fitted) -> Hybrid:
+    """The hybrid of a pool as it is now, by what was fitted to it, or to what it was a few changes ago.
+
+    Args:
+        statistics: of whole prompts, of their edges and of their shapes.
+        lexicon: of the same examples.
+        fitted: what was chosen.
+    """
+    first, second, third = statistics
+    return Hybrid(
+        Discriminant.directly(first, fitted.shrinkage, fitted.spread),
+        Discriminant.directly(second, fitted.edges_shrinkage, fitted.edges_spread),
+        lexicon,
+        Discriminant.directly(third, fitted.shape_shrinkage, fitted.shape_spread),
+        fitted.weights,
+    )
+
+
 def _ordered(vectors: Sequence[Floats], words: Floats) -> list[Floats]:
     """In the order of `CHANNELS`."""
     return [*vectors[:2], words, *vectors[2:]]

@@ -1,16 +1,16 @@
 """One generation of an index in memory: what a search reads, derived from the catalog in one go.
 
 Adding and removing only change the catalog; the snapshot, its faiss file and what is fitted on the examples follow
-with the next search. The statistics of the discriminant are brought up to date by what came and what went. The faiss
-file belongs to a generation by a sha256 that the catalog keeps for that generation.
+with the next search. The statistics of the discriminant are brought up to date by what came and what went; what is
+chosen by holding out examples is kept while the pool is nearly the same (`fit_note.py`). The faiss file belongs to a
+generation by a sha256 that the catalog keeps for that generation.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from loracompose.retrieval.catalog import Catalog, Entry, Settings
 from loracompose.retrieval.centres import Centres
 from loracompose.retrieval.discriminant import Spectrum, Statistics
 from loracompose.retrieval.embedding import edges, representation, whole
-from loracompose.retrieval.fitting import Fitted, Shaped, Spectra, fit, fitted_hybrid
+from loracompose.retrieval.fit_note import FitNote
+from loracompose.retrieval.fitting import Fitted, Shaped, Spectra, fit, present_hybrid
 from loracompose.retrieval.hybrid import Hybrid
 from loracompose.retrieval.lexicon import Keys, Lexicon, read_profile
 from loracompose.retrieval.scoring import Scoring
 from loracompose.retrieval.shape import SHAPE_WIDTH, shapes
 
-VECTORS_KEY, FITTED_KEY = "vectors", "fitted with shapes"
+VECTORS_KEY, FITTED_KEY = "vectors", "fitted"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,22 +102,35 @@ def take_snapshot(catalog: Catalog, file: Path, previous: Snapshot | None = None
         entries = _entries(catalog, previous)
         examples = _examples(catalog, entries, previous)
         vectors = read_vectors(file, catalog.noted(VECTORS_KEY, generation), len(entries), settings.dimension)
-        fitted = catalog.noted(FITTED_KEY, generation)
+        present, last = catalog.noted(FITTED_KEY, generation), catalog.last_noted(FITTED_KEY)
     if vectors is None:
         vectors = faiss.IndexFlatIP(settings.dimension)
         vectors.add(_matrix(entries, examples, settings, previous))
         _keep_vectors(catalog, generation, file, vectors)
     centres = Centres.of([entry.card for entry in entries])
     statistics = _statistics(entries, examples, settings, previous)
+    lexicon = _lexicon(entries, centres, previous)
+    note = None if last is None else FitNote.read(last)
+    ids = [entry.id for entry in entries]
+    if note is None or not note.serves(ids, settings.epoch):
+        note = FitNote.of(_fit(vectors, entries, examples, centres, statistics, lexicon), ids, settings.epoch)
+    if present is None:
+        catalog.note(FITTED_KEY, generation, note.text())
+    hybrid = present_hybrid(statistics, lexicon, note.fitted)
+    return Snapshot(generation, settings, entries, vectors, examples, centres, statistics, hybrid, note.fitted)
+
+
+def _fit(
+    vectors: Any,
+    entries: Sequence[Entry],
+    examples: Sequence[NDArray[np.float32]],
+    centres: Centres,
+    statistics: Sequence[Statistics],
+    lexicon: Lexicon,
+) -> Fitted:
     first, second, third = map(Spectrum.of, statistics)
-    spectra, lexicon = Spectra(first, second), _lexicon(entries, centres, previous)
-    if fitted is None:
-        shaped = Shaped(third, centres.split([entry.card.examples for entry in entries]))
-        fitted = json.dumps(asdict(fit(all_vectors(vectors), examples, spectra, lexicon, shaped, centres)))
-        catalog.note(FITTED_KEY, generation, fitted)
-    chosen = Fitted(**json.loads(fitted))
-    hybrid = fitted_hybrid(spectra, lexicon, third, chosen)
-    return Snapshot(generation, settings, entries, vectors, examples, centres, statistics, hybrid, chosen)
+    shaped = Shaped(third, centres.split([entry.card.examples for entry in entries]))
+    return fit(all_vectors(vectors), examples, Spectra(first, second), lexicon, shaped, centres)
 
 
 def all_vectors(vectors: Any) -> NDArray[np.float32]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from loracompose.retrieval.catalog import Catalog, Entry
 from loracompose.retrieval.compaction import leftover_vectors
 from loracompose.retrieval.copies import leftover_copies
 from loracompose.retrieval.embedding import representation
-from loracompose.retrieval.fitting import Fitted
+from loracompose.retrieval.fit_note import FitNote
 from loracompose.retrieval.placement import VECTORS_FILE
 from loracompose.retrieval.scale.sized import broken_files
 from loracompose.retrieval.snapshot import FITTED_KEY, VECTORS_KEY, all_vectors, read_vectors
@@ -141,11 +140,11 @@ def _vectors(catalog: Catalog, home: Path, entries: list[Entry]) -> Iterator[Pro
 
 
 def _fitted(catalog: Catalog) -> Iterator[Problem]:
-    noted = catalog.noted(FITTED_KEY, catalog.generation)
+    noted = catalog.last_noted(FITTED_KEY)
     try:
         if noted is not None:
-            Fitted(**json.loads(noted))
-    except (ValueError, TypeError) as error:
+            FitNote.read(noted)
+    except ValueError as error:
         yield Problem(None, f"what was fitted cannot be read: {error}", _REDERIVE, "derived")
 
 

@@ -116,9 +116,3 @@ def test_statistics_of_shapes_follow_what_comes_and_goes(index, tmp_path):
         np.testing.assert_array_equal(mine.counts, expected.counts)
         np.testing.assert_allclose(mine.sums, expected.sums, atol=1e-5)
         np.testing.assert_allclose(mine.scatter, expected.scatter, atol=1e-5)
-
-
-def test_what_an_earlier_release_fitted_without_shapes_is_not_used(index):
-    generation = index.catalog.generation
-    index.catalog.note("fitted", generation, '{"weights": [1.0, 1.0, 1.0]}')
-    assert len(index.explain("Split: this").candidates[0].channels) == 4

@@ -17,6 +17,7 @@ from loracompose.marked import fill
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "response_loss.json"
+EVERY_LINEAR = ROOT / "benchmarks" / "results" / "response_loss_every_linear.json"
 LOAD = ROOT / "benchmarks" / "results" / "smora_load.json"
 COST = ROOT / "benchmarks" / "results" / "router_cost.json"
 LITTLE = 1.1  # times the plain sum of the same adapters
@@ -39,14 +40,14 @@ METHODS = {
     "ramole": "`ramole`, shipped",
     "smora": "`smora`, shipped",
     "mole, a gate per matrix": "`mole`, a gate a matrix",
+    "mole, a gate per layer": "`mole`, a gate a layer",
     "mole, a gate per block": "`mole`, a gate a block",
     "mole, a gate per network": "`mole`, one gate",
     "xlora": "`xlora`",
 }
-# A gate per layer is a gate per block in the shipped pool, which adapts attention alone: no line may claim otherwise.
-MATRIX, BLOCK, NETWORK = (f"mole, a gate per {name}" for name in ("matrix", "block", "network"))
+MATRIX, LAYER, BLOCK, NETWORK = (f"mole, a gate per {name}" for name in ("matrix", "layer", "block", "network"))
 NO_DROPOUT, DROPOUT = "ramole, adapter dropout 0.0", "ramole, adapter dropout 0.5"
-RANKS, BLOCKS = (f"smora, 16 of 64 ranks in blocks of {size}" for size in (1, 8))
+RANKS, TWO, ONE = (f"smora, 16 of 64 ranks in blocks of {size}" for size in (1, 8, 16))
 CLAIMS = (
     ("sharp weights beat equal weights (posterior)", "mixture", EQUAL),
     ("a gate a layer and token beats equal weights (LoRA-Flow)", "lora_flow", EQUAL),
@@ -58,9 +59,26 @@ CLAIMS = (
     ("one learned weight a module beats equal weights (CAT)", "cat", EQUAL),
     ("a dynamic gate beats the best static weights (LoRA-Flow over CAT)", "lora_flow", "cat"),
     ("a gate a block beats a gate a matrix (MoLE)", BLOCK, MATRIX),
-    ("a gate a block beats one gate (MoLE)", BLOCK, NETWORK),
+    ("a gate a block beats one gate for all (MoLE)", BLOCK, NETWORK),
     ("adapter dropout helps adapters never seen (RAMoLE)", DROPOUT, NO_DROPOUT),
-    ("sixteen ranks of their own beat two blocks of eight (SMoRA)", RANKS, BLOCKS),
+    ("sixteen ranks of their own beat two whole experts of rank 8 (SMoRA)", RANKS, TWO),
+    ("sixteen ranks of their own beat one whole expert of rank 16 (SMoRA)", RANKS, ONE),
+)
+# A gate a layer, that is a part of a block, is a gate a block in the shipped pool, which adapts attention alone. So these
+# are of a pool that adapts every linear module.
+EVERY_LINEAR_CLAIMS = (
+    ("a gate a layer beats a gate a matrix (MoLE, adapters of every linear module)", LAYER, MATRIX),
+    ("a gate a layer beats a gate a block (MoLE, adapters of every linear module)", LAYER, BLOCK),
+    ("a gate a block beats a gate a matrix (MoLE, adapters of every linear module)", BLOCK, MATRIX),
+    ("a gate a layer beats one gate for all (MoLE, adapters of every linear module)", LAYER, NETWORK),
+    ("a gate a block beats one gate for all (MoLE, adapters of every linear module)", BLOCK, NETWORK),
+)
+
+
+EVERY_LINEAR_SAID = (
+    "The same for adapters that adapt every linear module ([response_loss_every_linear.json]"
+    "(../benchmarks/results/response_loss_every_linear.json), `benchmarks/every_linear.py`), where a gate a layer is not the same "
+    "as a gate a block:"
 )
 
 
@@ -133,14 +151,16 @@ def beam_told(result: Mapping[str, Any]) -> str:
     )
 
 
-def report(results: Mapping[str, Any]) -> str:
-    """Both tables in Markdown."""
+def report(results: Mapping[str, Any], without: str = "") -> str:
+    """Losses of all methods but one, in Markdown."""
     found, tasks = scores(results), results["about"]["tasks"]
     few = min(set(tasks), key=lambda task: (tasks.count(task), task))
     lines = [f"{len(tasks)} rows of {len(set(tasks))} tasks, {tasks.count(few)} at least (`{few}`):", ""]
     lines += ["| runs | " + " | ".join(f"{p}: loss | gain over equal weights [95 %]" for p in PROTOCOLS) + " |"]
     lines.append("|---" * (1 + 2 * len(PROTOCOLS)) + "|")
     for label, name in METHODS.items():
+        if label == without:
+            continue
         cells = []
         for protocol in PROTOCOLS:
             if label not in found[protocol].labels:
@@ -150,24 +170,27 @@ def report(results: Mapping[str, Any]) -> str:
             cells += [f"{-found[protocol].score(label).value:.3f}", gain]
         if any(cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *claims(found)])
+    return "\n".join(lines)
 
 
-def claims(found: Mapping[str, Scores]) -> list[str]:
+def claims(found: Mapping[str, Scores], every_linear: Mapping[str, Scores]) -> list[str]:
     """The table of claims, line by line; without those whose methods were not measured."""
     lines = ["| claim | " + " | ".join(f"{p}: gain [95 %]" for p in PROTOCOLS) + " | here |"]
     lines.append("|---" * (2 + len(PROTOCOLS)) + "|")
-    return [*lines, *(line for claim in CLAIMS if (line := claimed(*claim, found)))]
+    of = [(claim, found) for claim in CLAIMS] + [(claim, every_linear) for claim in EVERY_LINEAR_CLAIMS]
+    return [*lines, *(line for claim, measured in of if (line := claimed(*claim, measured)))]
 
 
-def told_in_short(results: Mapping[str, Any], beam: Mapping[str, Any], cost: Mapping[str, Any]) -> str:
+def told_in_short(
+    results: Mapping[str, Any], every_linear: Mapping[str, Any], beam: Mapping[str, Any], cost: Mapping[str, Any]
+) -> str:
     """Every claim in one table: those about losses, BeamLoRA's, and what prompt routing costs."""
     gap, ratio = beam["compared"]["beam - lora"], cost["methods"]["milora"]["ratio"]
     low, high = (-bound for bound in reversed(gap["dev_loss_95"]))
     verdict = "confirmed" if low > 0 else "refuted" if high < 0 else "undecided"
     cheap = "confirmed" if ratio["high"] <= LITTLE else "refuted" if ratio["low"] > LITTLE else "undecided"
     lines = [
-        *claims(scores(results)),
+        *claims(scores(results), scores(every_linear)),
         f"| BeamLoRA beats LoRA at equal rank ({gap['pairs']} pairs, dev loss) | {-gap['dev_loss']:+.3f} [{low:.3f}, {high:.3f}] | | {verdict} |",
         f"| routing once a prompt costs little: at most {LITTLE} times the plain sum (MiLoRA) | {ratio['median']:.2f} times "
         f"({ratio['low']:.2f} to {ratio['high']:.2f}) | | {cheap} |",
@@ -198,10 +221,12 @@ def read(file: Path) -> dict[str, Any]:
 
 def filled(document: Path) -> str:
     """A document with the tables between its marks."""
-    results, load, beam, cost = map(read, (RESULTS, LOAD, BEAM, COST))
+    results, every_linear, load, beam, cost = map(read, (RESULTS, EVERY_LINEAR, LOAD, BEAM, COST))
+    table = "\n".join(claims(scores(results), scores(every_linear)))
+    said = [report(results, without=LAYER), EVERY_LINEAR_SAID, report(every_linear), table]
     blocks = {
-        DOCUMENT: {"losses": "\n\n".join([report(results), load_told(load), beam_told(beam), cost_told(cost)])},
-        README: {"claims": told_in_short(results, beam, cost)},
+        DOCUMENT: {"losses": "\n\n".join([*said, load_told(load), beam_told(beam), cost_told(cost)])},
+        README: {"claims": told_in_short(results, every_linear, beam, cost)},
     }
     return fill(document.read_text(encoding="utf-8"), blocks[document])
 

@@ -86,7 +86,7 @@ def repeated(work: Callable[[], object], rounds: int) -> list[float]:
 
 
 def lego_against_sklearn(banks: Mapping[str, RankBank], k: int, rounds: int, slow_rounds: int) -> dict[str, Any]:
-    """The clustering alone: all modules in batches of equal shape, and module by module with n_init=10.
+    """The clustering alone: all modules at once, as the composer does, and module by module with n_init=10.
 
     Ours works in float32, as the composer does, scikit-learn in float64. Ours takes a point and its negative for the
     same. So both cluster magnitudes here, among which no point is nearer when it is turned round.
@@ -96,12 +96,9 @@ def lego_against_sklearn(banks: Mapping[str, RankBank], k: int, rounds: int, slo
     points = {path: torch.cat([bank.A, bank.B.mT], dim=1).abs() for path, bank in banks.items()}
 
     def batched(starts: int, steps: int) -> float:
-        total = 0.0
-        for same in by_shape(points):
-            gram = torch.stack([cloud @ cloud.T for cloud in same])  # (G, R, R)
-            share = gram.new_ones(gram.shape[:2])
-            total += float(kmeans(gram, share, k, n_init=starts, max_iter=steps, seed=0).inertia.sum())
-        return total
+        gram = torch.stack([cloud @ cloud.T for cloud in points.values()])  # (G, R, R)
+        share = gram.new_ones(gram.shape[:2])
+        return float(kmeans(gram, share, k, n_init=starts, max_iter=steps, seed=0).inertia.sum())
 
     def one_by_one() -> float:
         return sum(
@@ -123,14 +120,6 @@ def lego_against_sklearn(banks: Mapping[str, RankBank], k: int, rounds: int, slo
         for (starts, steps), seconds in ours.items()
     }
     return {"sklearn_seconds": summary(theirs), "efforts": found}
-
-
-def by_shape(points: Mapping[str, Tensor]) -> list[list[Tensor]]:
-    """The clouds, those of equal shape together."""
-    groups: dict[tuple[int, ...], list[Tensor]] = {}
-    for cloud in points.values():
-        groups.setdefault(tuple(cloud.shape), []).append(cloud)
-    return list(groups.values())
 
 
 def linear_against_svd(

@@ -151,20 +151,19 @@ class Lego(RowWise):
 
     def _bundles(self, banks: Mapping[str, RankBank]) -> Iterator[tuple[list[ModuleGroup], int]]:
         """Modules that are clustered at once, of whatever widths, with their k: k-means sees inner products alone."""
-        alike: dict[tuple[object, ...], list[ModuleGroup]] = {}
+        alike: dict[tuple[int, int, torch.dtype, torch.device], list[ModuleGroup]] = {}
         for group in group_modules(banks):
             k = min(max(group.ranks) if self.k is None else self.k, group.total_rank)
-            place = group.A[0].device
-            alike.setdefault((group.total_rank, k, group.working_dtype, place), []).append(group)
-        for (R, k, *_), groups in alike.items():
-            room = max(1, CLUSTERING_BYTES // max(self.n_init * int(R) * max(int(k), 1) * 8, 1))  # modules
+            alike.setdefault((group.total_rank, k, group.working_dtype, group.A[0].device), []).append(group)
+        for (R, k, _, _), groups in alike.items():
+            room = max(1, CLUSTERING_BYTES // max(self.n_init * R * max(k, 1) * 8, 1))  # modules
             bundle: list[ModuleGroup] = []
             for part in (part for group in groups for part in group.split(room)):
-                if bundle and sum(len(other.modules) for other in bundle) + len(part.modules) > room:
-                    yield bundle, int(k)
+                if sum(len(other.modules) for other in [*bundle, part]) > room:
+                    yield bundle, k
                     bundle = []
                 bundle.append(part)
-            yield bundle, int(k)
+            yield bundle, k
 
     def _clustered(self, bundle: Sequence[ModuleGroup], pools: Sequence[UnitPool], k: int) -> list[Clustering]:
         """The clusters of every pool of a bundle."""
@@ -175,8 +174,8 @@ class Lego(RowWise):
         share = torch.cat([pool.share for pool in pools])
         found = kmeans(torch.cat(grams), share, k, n_init=self.n_init, max_iter=self.max_iter, seed=self.seed)
         sizes = [len(gram) for gram in grams]
-        parts = zip(*(part.split(sizes) for part in (found.labels, found.signs, found.inertia)), strict=True)
-        return [Clustering(*part) for part in parts]
+        of_all = (torch.split(part, sizes) for part in (found.labels, found.signs, found.inertia))
+        return [Clustering(*part) for part in zip(*of_all, strict=True)]
 
     def _rebuild(self, group: ModuleGroup, pool: UnitPool, clusters: Clustering, k: int) -> Factors:
         units, peaks, share = pool.units, pool.peaks, pool.share

@@ -149,10 +149,7 @@ class Discriminant:
     def directly(cls, statistics: Statistics, shrinkage: float, temperature: float) -> Discriminant:
         """The same by a Cholesky factor instead of eigenvectors: a tenth of the time where one shrinkage is all."""
         width = len(statistics.scatter)
-        if statistics.varies:
-            covariance = statistics.scatter / statistics.freedom
-        else:
-            covariance = np.eye(width) / width
+        covariance = statistics.scatter / statistics.freedom if statistics.varies else np.eye(width) / width
         target = np.trace(covariance) / width
         covariance = (1.0 - shrinkage) * covariance + shrinkage * target * np.eye(width)
         whitening = np.linalg.inv(np.linalg.cholesky(covariance)).T  # (D, D)

@@ -13,7 +13,7 @@ from loracompose.runtime.attachment import Add
 from loracompose.runtime.fitting import gives_own_output
 from loracompose.runtime.folding import PRECISE, why_not_foldable
 from loracompose.runtime.forms import Workspace
-from loracompose.runtime.machine import DEFAULT, Machine, known_machine
+from loracompose.runtime.machine import Machine, assumed_machine, known_machine
 from loracompose.runtime.operator import RowOperator, StaticGroup, gated_group, static_add
 from loracompose.runtime.plan import Wanted, fold_pays
 from loracompose.runtime.sharing import OpenProduct, share_input
@@ -91,7 +91,7 @@ class Assembly:
             return self.machine
         place = delta.A.device, delta.A.dtype
         if place not in self._machines:  # read once a request and not for each of its modules
-            self._machines[place] = known_machine(*place) or DEFAULT
+            self._machines[place] = known_machine(*place) or assumed_machine(*place)
         return self._machines[place]
 
 

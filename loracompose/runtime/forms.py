@@ -136,7 +136,7 @@ class SharedForm:
             by_token.masked_fill_(off, 0.0)
         if weights is not None:
             by_token.mul_(weights)
-        return h.split(self._ranks, dim=1)
+        return torch.split(h, self._ranks, dim=1)
 
     def add(self, member: int, h: tuple[Tensor, ...], output: Tensor, *, own: bool) -> Tensor:
         """Output + h B, of one module."""
@@ -186,7 +186,7 @@ class GatheredForm:
 
     def shrink(self, x: Tensor) -> tuple[Tensor, ...]:
         """A x with each row's own A, of every module, (distinct, places * times * seq, R'_i) each."""
-        return torch.bmm(self._rows.line_up(x), self._A).split(self._ranks, dim=2)
+        return torch.split(torch.bmm(self._rows.line_up(x), self._A), self._ranks, dim=2)
 
     def add(self, member: int, h: tuple[Tensor, ...], output: Tensor, *, own: bool) -> Tensor:
         """Output + h B, of one module, with each row's own B."""

@@ -14,7 +14,11 @@ from loracompose.durable import write_whole
 from loracompose.unpacking import cache_folder
 
 # Raised when what is measured changes; part of the file's name, so that older measurements are left alone.
-FORMAT = 2
+FORMAT = 3
+
+# Ranks of a step's banks: what a batch uses together, and what one row uses; products of more ranks are faster.
+STEP_SHARED, STEP_OWN = 96, 16
+STEP_BYTES = 2**26  # of a step's banks, so that each comes from memory
 
 BEYOND_CACHES = 2**28  # bytes: a step reads the whole model between two uses of a bank, so banks come from memory
 
@@ -25,9 +29,9 @@ class Machine:
 
     Attributes:
         bandwidth: bytes read a second from memory, beyond all caches.
-        small_gemm: operations a second of one product of a few tokens, as in decoding.
+        small_gemm: operations a second of one product of a few tokens, as in decoding, once its bank is read.
         large_gemm: of one product of many tokens, as in a prefill.
-        small_bmm: operations a second of one product per row, of one token each.
+        small_bmm: operations a second of one product per row, of one token each, once its banks are read.
         large_bmm: of one product per row, of many tokens each.
         call: seconds to start one operation.
     """
@@ -57,6 +61,8 @@ class Machine:
 FEW = 16  # tokens from which on a product per row is a matrix product and no longer vector by vector
 MANY = 128  # tokens from which on one product is large
 DEFAULT = Machine()
+# CPUs multiply 16-bit numbers in tiles that they pack anew for every product, which one token does not pay back.
+DEFAULT_HALF = Machine(small_bmm=5e9)
 
 
 def machine_file(device: torch.device, dtype: torch.dtype) -> Path:
@@ -86,6 +92,11 @@ def known_machine(device: torch.device, dtype: torch.dtype) -> Machine | None:
         ) from error
 
 
+def assumed_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """What the plan counts with where nothing was measured."""
+    return DEFAULT_HALF if device.type == "cpu" and dtype.itemsize == 2 else DEFAULT
+
+
 def save_machine(machine: Machine, device: torch.device, dtype: torch.dtype) -> Path:
     """Keep a measurement; the file appears in one step, complete."""
     file = machine_file(device, dtype)
@@ -108,26 +119,51 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
     large = torch.ones(BEYOND_CACHES // dtype.itemsize, device=place, dtype=dtype)
     wide, ranks, rows = 1024, 64, 16
     A, A_rows = numbers(wide, ranks), numbers(rows, wide, ranks)
-    few, many = numbers(rows, wide), numbers(1024, wide)
-    one, each = numbers(rows, 1, wide), numbers(rows, 64, wide)
+    many, each = numbers(1024, wide), numbers(rows, 64, wide)
     tiny = numbers(1, 8)
     seconds = {
         "sum": _best(lambda: large.sum(), place),
-        "few": _best(lambda: few @ A, place),
         "many": _best(lambda: many @ A, place),
-        "one": _best(lambda: torch.bmm(one, A_rows), place),
         "each": _best(lambda: torch.bmm(each, A_rows), place),
         "call": _best(lambda: tiny.add(tiny), place, runs=64),
     }
+    bandwidth = large.nbytes / seconds["sum"]
     work = 2.0 * wide * ranks
     return Machine(
-        bandwidth=large.nbytes / seconds["sum"],
-        small_gemm=rows * work / seconds["few"],
+        bandwidth=bandwidth,
+        small_gemm=_stepping_rate(numbers(rows, wide), STEP_SHARED, bandwidth),
         large_gemm=1024 * work / seconds["many"],
-        small_bmm=rows * work / seconds["one"],
+        small_bmm=_stepping_rate(numbers(rows, 1, wide), STEP_OWN, bandwidth),
         large_bmm=rows * 64 * work / seconds["each"],
         call=seconds["call"],
     )
+
+
+def _stepping_rate(x: torch.Tensor, ranks: int, bandwidth: float) -> float:
+    """Operations a second of the two products of a decoding step, whose banks come from memory.
+
+    What reading takes is taken off, since the plan counts it by itself: at most nine tenths, so that a rate is left.
+
+    Args:
+        x: (rows, width) for one bank, (rows, 1, width) for a bank each.
+        ranks: of a bank.
+        bandwidth: bytes a second.
+    """
+    banks, wide = x.shape[:-2], x.shape[-1]
+    each = 2 * wide * ranks * x.shape[0] ** len(banks)  # numbers that a turn reads
+    turns = max(2, STEP_BYTES // (each * x.element_size()))
+    A = [torch.randn(*x.shape[: len(banks)], wide, ranks, device=x.device, dtype=x.dtype) for _ in range(turns)]
+    B = [torch.randn(*x.shape[: len(banks)], ranks, wide, device=x.device, dtype=x.dtype) for _ in range(turns)]
+    output = torch.zeros_like(x)
+
+    def step() -> None:
+        for shrink, expand in zip(A, B, strict=True):
+            h = torch.matmul(x, shrink)
+            torch.addmm(output, h, expand) if not banks else torch.baddbmm(output, h, expand)
+
+    seconds = _best(step, x.device, runs=1) / turns
+    reading = each * x.element_size() / bandwidth
+    return float(4 * x.shape[0] * wide * ranks / max(seconds - reading, seconds / 10))
 
 
 def _best(run: Callable[[], object], device: torch.device, *, runs: int = 4, budget: float = 0.15) -> float:

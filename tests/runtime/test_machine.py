@@ -8,7 +8,16 @@ import torch
 
 from loracompose import diagnosis
 from loracompose.devices import pick_device, pick_dtype
-from loracompose.runtime.machine import DEFAULT, Machine, calibrate, known_machine, machine_file, save_machine
+from loracompose.runtime.machine import (
+    DEFAULT,
+    Machine,
+    assumed_machine,
+    calibrate,
+    known_machine,
+    machine_file,
+    save_machine,
+)
+from loracompose.runtime.plan import choose_form
 
 CPU = torch.device("cpu")
 
@@ -61,3 +70,10 @@ def test_the_doctor_shows_what_was_measured_and_how_to_measure():
     device = pick_device("auto")
     save_machine(Machine(bandwidth=12.3e9), device, pick_dtype("auto", device))
     assert "12.3 GB/s" in diagnosis.speed().detail
+
+
+def test_what_is_assumed_of_a_cpu_gathers_single_tokens_in_32_bits_and_not_in_16():
+    wanted = {torch.float32: "gathered", torch.bfloat16: "shared"}
+    for dtype, form in wanted.items():
+        machine = assumed_machine(CPU, dtype)
+        assert choose_form(16, 1, 600_000, 80_000, dtype.itemsize, distinct=16, machine=machine) == form

@@ -27,6 +27,7 @@ ROUTERS = (
     ("routing once a prompt (MiLoRA)", "milora"),
     ("gates trained adapter by adapter (PHATGOOSE)", "phatgoose"),
     ("one learned weight a module (CAT)", "cat"),
+    ("a head on the base's states (X-LoRA)", "xlora"),
 )
 CLAIMS = (
     *((f"{what} beats equal weights, on equal sets", f"{name} weighting=uniform", UNIFORM) for what, name in ROUTERS),
@@ -55,9 +56,14 @@ WITHOUT_LEARNING = (
     ("retrieval beats the mean of the whole pool", "mixture", "uniform_all"),
     ("separate adapters, composed, beat one trained on all tasks", "mixture", "multi_task"),
     ("an adapter retrieved beats three solved examples in the prompt", "selection", "few_shot"),
-    ("trimming and electing signs beats the plain sum (TIES)", "ties", "mixture"),
-    ("dropping and rescaling loses nothing (DARE)", "dare", "mixture"),
-    ("aligning by a common SVD beats TIES alone (KnOTS)", "knots", "ties"),
+    ("trimming and electing signs beats the plain sum (TIES, equal weights)", "ties weighting=uniform", UNIFORM),
+    ("dropping and rescaling beats the plain sum (DARE, equal weights)", "dare weighting=uniform", UNIFORM),
+    ("trimming alone beats the plain sum (equal weights)", "magnitude_prune weighting=uniform", UNIFORM),
+    (
+        "aligning by a common SVD beats TIES alone (KnOTS, equal weights)",
+        "knots weighting=uniform",
+        "ties weighting=uniform",
+    ),
 )
 
 

@@ -27,7 +27,7 @@ from loracompose.training.router import RouterReport, train_router
 from loracompose.training.router_recipe import RouterRecipe
 from loracompose.training.task_mixture import TaskMixture, task_mixture
 
-BATCH, MAX_LENGTH = 16, 112
+BATCH, MAX_LENGTH = 8, 112
 BUDGET = 2_500_000  # tokens, prompts and responses together
 SEEN = 0.4  # the part of the tasks that RAMoLE is trained on; the others are for its zero-shot test
 
@@ -60,11 +60,12 @@ RETRIEVED: Mapping[str, Any] = {"members": "retrieved", "k": 3, "hide_own": 0.25
 RUNS = (
     Run("ramole", "ramole", 0.2, recipe={"members": "all", "adapter_dropout": 0.5}, unseen=True),
     Run("lora_flow", "lora_flow", 0.12, recipe={**RETRIEVED, "weight_decay": 0.1}, capped=840),
-    Run("mole", "mole", 0.16, recipe=RETRIEVED),
-    Run("milora", "milora", 0.16, recipe=RETRIEVED),
-    Run("smora", "smora", 0.16, {"form": "pool"}, recipe=RETRIEVED),
-    Run("phatgoose", "phatgoose", 0.1, recipe={"members": "own", "learning_rate": 5e-3, "schedule": "constant"}),
-    Run("cat", "cat", 0.1, recipe={**RETRIEVED, "learning_rate": 1e-2}),
+    Run("mole", "mole", 0.14, recipe=RETRIEVED),
+    Run("milora", "milora", 0.14, recipe=RETRIEVED),
+    Run("smora", "smora", 0.14, {"form": "pool"}, recipe=RETRIEVED),
+    Run("phatgoose", "phatgoose", 0.08, recipe={"members": "own", "learning_rate": 5e-3, "schedule": "constant"}),
+    Run("cat", "cat", 0.08, recipe={**RETRIEVED, "learning_rate": 5e-2}),
+    Run("xlora", "xlora", 0.1, recipe=RETRIEVED),
 )
 
 
@@ -155,11 +156,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[run.name for run in RUNS], default=[run.name for run in RUNS])
     parser.add_argument("--budget", type=int, default=BUDGET)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto", help="of the frozen base")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--list", action="store_true")
     given = parser.parse_args()
 
-    base = load_base(given.base)
+    base = load_base(given.base, dtype=given.dtype)
     tasks = sorted(config.parent.name for config in given.adapters.glob("*/adapter_config.json"))
     rows = task_mixture(given.data, base.tokenizer, tasks=tasks, per_task=200, max_length=MAX_LENGTH, seed=given.seed)
     plans = [

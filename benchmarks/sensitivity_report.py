@@ -20,8 +20,12 @@ BLOCK = "sensitivity"
 DOCUMENT = f"""# What moves the scores: settings, pool, seeds, one harmful adapter
 
 One setting moves, all else stays, on the same rows ([sensitivity.json](../benchmarks/results/sensitivity.json); the
-studies stand in `loracompose/evaluation/sensitivity.py`, `benchmarks/sensitivity.py` runs them). Few rows a task: bars
-and brackets are 95 % intervals of a bootstrap over rows, paired where two points are compared. *Own seeds*: nine of the
+studies stand in `loracompose/evaluation/sensitivity.py`, `benchmarks/sensitivity.py` runs them). Two rows of each of twelve
+tasks (five for the size of the pool), in bfloat16: bars and brackets are 95 % intervals of a bootstrap over rows, paired
+where two points are compared, and only large moves mean something. Large enough are these: with equal weights a second
+adapter costs half of the score in-domain, where the posterior's weights do not care how many are retrieved; and one random
+adapter of tenfold size, retrieved for its card, brings every method with equal weights near to nothing, where the posterior
+loses little in-domain. Masked it harms all that retrieve, since its card claims the task. *Own seeds*: nine of the
 21 adapters trained again, each from a seed of its own, where the others share their A at step 0, which flatters methods
 that add or cluster raw factors. The harmful adapter claims every task in its card; its values are random and ten times
 as large as another's, or it was trained on responses of other rows.

@@ -47,7 +47,7 @@ METHODS = {
 }
 MATRIX, LAYER, BLOCK, NETWORK = (f"mole, a gate per {name}" for name in ("matrix", "layer", "block", "network"))
 NO_DROPOUT, DROPOUT = "ramole, adapter dropout 0.0", "ramole, adapter dropout 0.5"
-RANKS, TWO, ONE = (f"smora, 16 of 64 ranks in blocks of {size}" for size in (1, 8, 16))
+RANKS, TWO = (f"smora, 16 of 64 ranks in blocks of {size}" for size in (1, 8))
 CLAIMS = (
     ("sharp weights beat equal weights (posterior)", "mixture", EQUAL),
     ("a gate a layer and token beats equal weights (LoRA-Flow)", "lora_flow", EQUAL),
@@ -62,7 +62,6 @@ CLAIMS = (
     ("a gate a block beats one gate for all (MoLE)", BLOCK, NETWORK),
     ("adapter dropout helps adapters never seen (RAMoLE)", DROPOUT, NO_DROPOUT),
     ("sixteen ranks of their own beat two whole experts of rank 8 (SMoRA)", RANKS, TWO),
-    ("sixteen ranks of their own beat one whole expert of rank 16 (SMoRA)", RANKS, ONE),
 )
 # A gate a layer, that is a part of a block, is a gate a block in the shipped pool, which adapts attention alone. So these
 # are of a pool that adapts every linear module.

@@ -5,6 +5,8 @@ python benchmarks/sensitivity_report.py
 What stands in the document outside of its two marks is left as it is.
 """
 
+# ruff: noqa: E501  lines of a document are as long as they are
+
 from __future__ import annotations
 
 from pathlib import Path

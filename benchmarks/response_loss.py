@@ -89,7 +89,7 @@ VARIANTS = (
     Variant("xlora", "xlora"),
 )
 # Adapters with a router of their own, trained from scratch. Ranks that share a gate are one expert: a block of 8 is a
-# whole LoRA of rank 8, of which two act on a token. (Of one block alone the normalised gate never moves: it is refused.)
+# whole LoRA of rank 8, of which two act on a token. (Of one block alone the gate never moves: it is refused.)
 BLOCKS = {f"smora, 16 of 64 ranks in blocks of {b}": b for b in (1, 8)}
 
 

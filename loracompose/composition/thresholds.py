@@ -121,7 +121,8 @@ def _bracket(sample: Tensor, share: float) -> _Bracket:
     slack = SURE * math.sqrt(n * share * (1 - share)) + 2
     first, last = math.floor(share * n - slack), math.ceil(share * n + slack)
     high = float(ordered[first]) if first >= 0 else math.inf
-    return _Bracket(float(ordered[last]) if last < n else -1.0, high)
+    low = float(ordered[last]) if last < n else -1.0
+    return _Bracket(min(low, high), high)  # never turned round: `take` would count what lies between twice
 
 
 def radix_thresholds(sweep: Sweep, sizes: Sequence[int], places: Sequence[int], dtype: torch.dtype) -> list[float]:

@@ -44,10 +44,13 @@ def test_picked_entries_spare_a_pass_and_need_not_be_the_right_ones(how):
     assert magnitude_thresholds(sweep, [20000], 0.2, torch.float32, astray) == [pytest.approx(wanted, rel=0, abs=0)]
 
 
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.9])
-def test_many_equal_entries_have_the_threshold_of_the_sorted_ones(density):
-    entries = torch.cat([torch.zeros(4000), torch.ones(3000), torch.full((2000,), -2.0), torch.rand(2003)])
-    entries = entries[torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))]
+def test_many_equal_entries_have_the_threshold_of_the_sorted_ones(density, seed):
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.rand(2003, generator=generator)
+    entries = torch.cat([torch.zeros(4000), torch.ones(3000), torch.full((2000,), -2.0), others])
+    entries = entries[torch.randperm(len(entries), generator=generator)]
     (threshold,) = magnitude_thresholds(pieces(entries, 700), [entries.numel()], density, torch.float32)
     keep = math.ceil(density * entries.numel())
     assert threshold == entries.abs().sort(descending=True).values[keep - 1].item()

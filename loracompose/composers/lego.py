@@ -88,7 +88,7 @@ class Lego(RowWise):
         cluster_weight: what a cluster counts.
         n_init: starts of the k-means.
         max_iter: largest number of steps. Three starts of ten steps take three quarters of the time, for an inertia
-            that is 0.4 % higher on real adapters.
+            that is 0.07 % higher (`loracompose bench composing`).
         seed: of the starts; alone, so that equal pools have equal clusters whoever brought the units.
 
     Raises:
@@ -131,23 +131,28 @@ class Lego(RowWise):
         """
         members = weights.nonzero().flatten()
         found: dict[str, RankClusters] = {}
-        for bundle, k in self._bundles(select_banks(banks, members.tolist())):
-            pools = [self._pool(part, weights[members]) for part in bundle]
-            for part, pool, clusters in zip(bundle, pools, self._clustered(bundle, pools, k), strict=True):
-                labels = torch.empty_like(clusters.labels).scatter(1, pool.order, clusters.labels)  # (G, R)
-                of_member = members[list(part.members)]
-                owner = of_member.repeat_interleave(torch.tensor(part.ranks, device=of_member.device))  # (R,)
-                found |= {module: RankClusters(owner, own) for module, own in zip(part.modules, labels, strict=True)}
+        for part, pool, clusters, _ in self._clusterings(select_banks(banks, members.tolist()), weights[members]):
+            labels = torch.empty_like(clusters.labels).scatter(1, pool.order, clusters.labels)  # (G, R)
+            of_member = members[list(part.members)]
+            owner = of_member.repeat_interleave(torch.tensor(part.ranks, device=of_member.device))  # (R,)
+            found |= {module: RankClusters(owner, own) for module, own in zip(part.modules, labels, strict=True)}
         return found
 
     def compose_row(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
         """The adapter rebuilt from the centroids of one row."""
         composed: dict[str, Factors] = {}
+        for part, pool, clusters, k in self._clusterings(banks, weights):
+            composed |= part.unstack(*self._rebuild(part, pool, clusters, k))
+        return composed
+
+    def _clusterings(
+        self, banks: Mapping[str, RankBank], weights: Tensor
+    ) -> Iterator[tuple[ModuleGroup, UnitPool, Clustering, int]]:
+        """Every group of modules with its units, their clusters and k."""
         for bundle, k in self._bundles(banks):
             pools = [self._pool(part, weights) for part in bundle]
             for part, pool, clusters in zip(bundle, pools, self._clustered(bundle, pools, k), strict=True):
-                composed |= part.unstack(*self._rebuild(part, pool, clusters, k))
-        return composed
+                yield part, pool, clusters, k
 
     def _bundles(self, banks: Mapping[str, RankBank]) -> Iterator[tuple[list[ModuleGroup], int]]:
         """Modules that are clustered at once, of whatever widths, with their k: k-means sees inner products alone."""

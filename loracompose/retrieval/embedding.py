@@ -160,9 +160,11 @@ def unit_vectors(embedder: Embedder, texts: Sequence[str], dimension: int | None
     if broken.any():
         text = distinct[int(np.argmax(broken))]
         raise ValueError(f"embedder {embedder.name!r} returned a zero or non-finite vector for {text[:80]!r}")
+    unit: NDArray[np.float32] = vectors / norms
+    if len(distinct) == len(texts):
+        return unit
     place = {text: row for row, text in enumerate(distinct)}
-    unit: NDArray[np.float32] = (vectors / norms)[[place[text] for text in texts]]
-    return unit
+    return unit[[place[text] for text in texts]]
 
 
 def features(embedder: Embedder, texts: Sequence[str], settings: Settings) -> NDArray[np.float32]:
@@ -174,7 +176,8 @@ def features(embedder: Embedder, texts: Sequence[str], settings: Settings) -> ND
         ValueError: the embedder misbehaves, see `unit_vectors`.
     """
     views = [*texts, *(settings.instruction + text for text in texts), *map(opening, texts), *map(closing, texts)]
-    return np.concatenate(np.split(unit_vectors(embedder, views, settings.dimension), 4), axis=1)
+    vectors, count = unit_vectors(embedder, views, settings.dimension), len(texts)
+    return np.concatenate([vectors[part * count : (part + 1) * count] for part in range(4)], axis=1)
 
 
 def whole(features: NDArray[np.float32]) -> NDArray[np.float32]:

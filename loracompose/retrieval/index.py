@@ -302,11 +302,13 @@ class AdapterIndex(StoredIndex):
         from loracompose.retrieval.search import search_fits, search_means
 
         check_request(prompts, k)
-        way = self.scoring if scoring is None else check_scoring(scoring)
-        found = self._large.search(self.embedder, prompts, k, exclude, where, way)
+        if scoring is not None:
+            check_scoring(scoring)
+        found = self._large.search(self.embedder, prompts, k, exclude, where, scoring)
         if found is not None:
             return found
         snapshot = self._current()
+        way = check_scoring(snapshot.settings.scoring) if scoring is None else scoring
         allowed = allowed_rows(snapshot.cards, where)
         excluded = excluded_rows(exclude, len(prompts), snapshot.rows)
         if way == "mean":  # which needs one of the two embeddings

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,9 +49,9 @@ def shape(text: str) -> NDArray[np.float32]:
             bool(last) and last in ".!?",
             part[:1].isupper(),
             part == part.lower(),
-            _share(part, str.isdigit, 5),
-            _share(part, str.isupper, 3),
-            0.0 if part.isascii() else _share(part, lambda letter: not letter.isascii(), 10),
+            _within(5 * sum(map(str.isdigit, part)), letters),
+            _within(3 * sum(map(str.isupper, part)), letters),
+            _within(10 * (len(part) - len(part.encode("ascii", "ignore"))), letters),
             _within(part.count(","), 4),
             _within(part.count(":") + part.count(";"), 3),
             _within(part.count("("), 2),
@@ -76,11 +76,6 @@ def shapes(texts: Sequence[str]) -> NDArray[np.float32]:
 
 def _within(count: float, most: float) -> float:
     return min(max(count / most, 0.0), 1.0)
-
-
-def _share(text: str, kind: Callable[[str], bool], scale: float) -> float:
-    """The share of a text's characters that are of a kind, times `scale`, at most 1."""
-    return _within(scale * sum(map(kind, text)), max(len(text), 1))
 
 
 SHAPE_WIDTH = len(shape(""))

@@ -14,7 +14,7 @@ from loracompose.retrieval.catalog import Catalog
 from loracompose.retrieval.embedding import Embedder, check_encoder, features
 from loracompose.retrieval.filtering import Exclude, Where, excluded_rows
 from loracompose.retrieval.placement import VECTORS_FILE
-from loracompose.retrieval.scoring import Scoring
+from loracompose.retrieval.scoring import Scoring, check_scoring
 
 if TYPE_CHECKING:
     from loracompose.retrieval.explanation import Explanation
@@ -108,7 +108,7 @@ class SizedPool:
         k: int,
         exclude: Exclude | None,
         where: Where | None,
-        scoring: Scoring,
+        scoring: Scoring | None,
     ) -> Retrieval | None:
         """As `AdapterIndex.search`, None where the pool is small."""
         view = self.view(embedder)
@@ -119,7 +119,8 @@ class SizedPool:
 
         given = features(embedder, prompts, view.settings)
         while view is not None:
-            request = Request(k, scoring, where, excluded_rows(exclude, len(prompts), _Ids(self._catalog)))
+            way = check_scoring(view.settings.scoring) if scoring is None else scoring
+            request = Request(k, way, where, excluded_rows(exclude, len(prompts), _Ids(self._catalog)))
             try:
                 return search_view(view, self._shelf(), prompts, given, request)
             except MovedError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -116,8 +117,9 @@ class Frequencies:
         """Prompts as they are compared with adapters; their n-grams are looked up all at once."""
         keys = [short_keys(prompt) for prompt in prompts]
         shares, known = self.shares(np.concatenate(keys))
-        cuts = np.cumsum([len(own) for own in keys])[:-1]
-        return [Asked(*one) for one in zip(keys, np.split(shares, cuts), np.split(known, cuts), strict=True)]
+        ends = list(accumulate(len(own) for own in keys))
+        cuts = [slice(end - len(own), end) for own, end in zip(keys, ends, strict=True)]
+        return [Asked(own, shares[cut], known[cut]) for own, cut in zip(keys, cuts, strict=True)]
 
     def shares(self, keys: Short) -> tuple[Floats, NDArray[np.bool_]]:
         """Share of the prompts with each n-gram, at least one of them; and whether the table has it."""

@@ -14,10 +14,11 @@ from loracompose.durable import write_whole
 from loracompose.unpacking import cache_folder
 
 # Raised when what is measured changes; part of the file's name, so that older measurements are left alone.
-FORMAT = 3
+FORMAT = 4
 
 # Ranks of a step's banks: what a batch uses together, and what one row uses; products of more ranks are faster.
 STEP_SHARED, STEP_OWN = 96, 16
+EACH = 64  # tokens a row of a prefill
 STEP_BYTES = 2**26  # of a step's banks, so that each comes from memory
 
 BEYOND_CACHES = 2**28  # bytes: a step reads the whole model between two uses of a bank, so banks come from memory
@@ -118,13 +119,12 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
 
     large = torch.ones(BEYOND_CACHES // dtype.itemsize, device=place, dtype=dtype)
     wide, ranks, rows = 1024, 64, 16
-    A, A_rows = numbers(wide, ranks), numbers(rows, wide, ranks)
-    many, each = numbers(1024, wide), numbers(rows, 64, wide)
+    A = numbers(wide, ranks)
+    many = numbers(1024, wide)
     tiny = numbers(1, 8)
     seconds = {
         "sum": _best(lambda: large.sum(), place),
         "many": _best(lambda: many @ A, place),
-        "each": _best(lambda: torch.bmm(each, A_rows), place),
         "call": _best(lambda: tiny.add(tiny), place, runs=64),
     }
     bandwidth = large.nbytes / seconds["sum"]
@@ -134,7 +134,7 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
         small_gemm=_stepping_rate(numbers(rows, wide), STEP_SHARED, bandwidth),
         large_gemm=1024 * work / seconds["many"],
         small_bmm=_stepping_rate(numbers(rows, 1, wide), STEP_OWN, bandwidth),
-        large_bmm=rows * 64 * work / seconds["each"],
+        large_bmm=_rowwise_rate(numbers(rows, EACH, wide), STEP_OWN),
         call=seconds["call"],
     )
 
@@ -164,6 +164,30 @@ def _stepping_rate(x: torch.Tensor, ranks: int, bandwidth: float) -> float:
     seconds = _best(step, x.device, runs=1) / turns
     reading = each * x.element_size() / bandwidth
     return float(4 * x.shape[0] * wide * ranks / max(seconds - reading, seconds / 10))
+
+
+def _rowwise_rate(x: torch.Tensor, ranks: int) -> float:
+    """Operations a second of the two products of a prefill, row by row with few ranks each, calls included.
+
+    So does a CPU multiply rows of different compositions: of 16-bit numbers the calls take longer than the products.
+
+    Args:
+        x: (rows, tokens, width).
+        ranks: of every row.
+    """
+    rows, tokens, wide = x.shape
+    A, B = (torch.randn(rows, *shape, device=x.device, dtype=x.dtype) for shape in ((wide, ranks), (ranks, wide)))
+    output = torch.zeros_like(x)
+
+    def rowwise() -> None:
+        for into, row, shrink, expand in zip(output, x, A, B, strict=True):
+            into.addmm_(row @ shrink, expand)
+
+    def at_once() -> None:
+        torch.baddbmm(output, torch.bmm(x, A), B)
+
+    seconds = _best(at_once if x.device.type == "cuda" else rowwise, x.device)
+    return float(4 * rows * tokens * wide * ranks / seconds)
 
 
 def _best(run: Callable[[], object], device: torch.device, *, runs: int = 4, budget: float = 0.15) -> float:

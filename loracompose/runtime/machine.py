@@ -62,8 +62,9 @@ class Machine:
 FEW = 16  # tokens from which on a product per row is a matrix product and no longer vector by vector
 MANY = 128  # tokens from which on one product is large
 DEFAULT = Machine()
-# CPUs multiply 16-bit numbers in tiles that they pack anew for every product, which one token does not pay back.
-DEFAULT_HALF = Machine(small_bmm=5e9)
+# CPUs multiply 16-bit numbers in tiles that they pack anew for every product, which neither one token pays back nor the
+# few ranks of one row.
+DEFAULT_HALF = Machine(small_bmm=5e9, large_bmm=4e9)
 
 
 def machine_file(device: torch.device, dtype: torch.dtype) -> Path:

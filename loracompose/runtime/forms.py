@@ -113,11 +113,10 @@ class SharedForm:
         self._A, self._B = bank.A, bank.B  # (R, d_in), and (R_i, d_out) each
         self._ranks = list(bank.ranks)
         weights = torch.cat(use.weights, dim=1)[use.row_of]  # (batch, R)
+        if use.distinct == 1:  # every rank is used, by every row alike
+            self._B = tuple(B * w[0, :, None].to(B) for B, w in zip(self._B, use.weights, strict=True))
+            weights = torch.ones_like(weights)
         self._batch, self._off = use.batch, weights == 0
-        if (alike := _of_ranks(weights)) is not None:
-            parts = torch.split(alike, self._ranks)
-            self._B = tuple(B * w[:, None].to(B) for B, w in zip(self._B, parts, strict=True))
-            weights = torch.where(self._off, weights, 1.0)
         self._weights = weights.to(dtype)
         self._scales = bool((weights[~self._off] != 1).any())
         self._spread: dict[int, tuple[Tensor | None, Tensor | None]] = {}
@@ -200,19 +199,6 @@ class GatheredForm:
             output.view(shape).baddbmm_(part, B)
             return output
         return torch.baddbmm(output.reshape(shape), part, B).view(output.shape)
-
-
-def _of_ranks(weights: Tensor) -> Tensor | None:
-    """The weight of every rank, (R,), where all rows that use it give it the same; None where two do not, or all are 1.
-
-    Args:
-        weights: (batch, R), each rank used by a row at least.
-    """
-    on = weights != 0
-    places = on.to(torch.uint8).argmax(dim=0, keepdim=True)  # the first row that uses it
-    each = weights.gather(0, places)  # (1, R)
-    alike = bool((~on | (weights == each)).all()) and bool((each != 1).any())
-    return each[0] if alike else None
 
 
 def _rows(bank: Tensor, used: Tensor) -> Tensor:

@@ -14,9 +14,7 @@ from loracompose.composers.base import Composer
 from loracompose.composers.mixture import Mixture
 from loracompose.runtime import assembly
 from loracompose.runtime.attach import attach
-from loracompose.runtime.forms import GroupBank, SharedForm
 from loracompose.runtime.plan import Wanted
-from loracompose.runtime.rows import RowUse
 from tests import laws, tiny
 from tests.laws import BASES, BATCH, ROUNDING, ROWS
 from tests.runtime.toy import random_delta
@@ -77,26 +75,6 @@ def test_modules_that_share_a_product_of_A_give_what_they_give_alone(composer: C
     with ONE_BY_ONE:
         alone = laws.logits(laws.base(on), deltas, on, batch=4)
     assert laws.distance(together, alone) < ROUNDING[on]
-
-
-@pytest.mark.parametrize(
-    ("weights", "folded"),
-    [
-        ([[0.5, 0.5, 0, 0, 0], [0, 0.5, 2.0, 0, 3.0]], True),  # every rank has one weight, whoever uses it
-        ([[0.5, 0.5, 0, 0, 0], [0, 0.7, 2.0, 0, 3.0]], False),
-        ([[1.0, 1.0, 0, 0, 0], [0, 1.0, 1.0, 0, 1.0]], False),  # nothing to fold
-    ],
-)
-def test_weights_that_no_two_rows_differ_in_are_folded_into_the_bank(weights: list[list[float]], folded: bool):
-    delta = random_delta(weights=torch.tensor(weights).double())
-    use = RowUse.count([delta.weights])
-    bank = GroupBank.build([delta], use)
-    form = SharedForm(bank)
-    assert (form._B[0] is not bank.B[0]) == folded
-    x = torch.randn(2, 3, 12, dtype=torch.float64)
-    output = torch.randn(2, 3, 9, dtype=torch.float64)
-    want = output + ((x @ delta.A.mT) * delta.weights[:, None]) @ delta.B.mT
-    assert torch.allclose(form.add(0, form.shrink(x), output.clone(), own=True), want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["shared", "gathered"])

@@ -13,9 +13,11 @@ from loracompose.composers import COMPOSERS, Composer, get_composer
 from loracompose.composition.router import load_router
 from loracompose.evaluation.found import check_weighting
 from loracompose.evaluation.lorauter import Lorauter
-from loracompose.evaluation.methods import BASELINES, Base, Composed, Method, Oracle
+from loracompose.evaluation.methods import BASELINES, Base, Composed, Method, OneAdapter, Oracle
+from loracompose.evaluation.searched import Searched
 
 RETRIEVAL = ("k", "weighting", "temperature", "router", "label")
+FILES = ("path", "weights")
 WHOLE: Mapping[str, type[Any]] = {**BASELINES, "lorauter": Lorauter}  # what brings its own adapters and composer
 
 
@@ -23,7 +25,7 @@ def parse_method(line: str) -> Method:
     """A method from its line.
 
     A baseline: `base`, `oracle`, `uniform_all`, `random seed=1`, `few_shot shots=3`, `adapter path=FOLDER`,
-    `lorauter k=3`. A
+    `lorauter k=3`, `lorahub weights=FILE`. A
     composer: its name, then any of `k=3`, `weighting=uniform`, `temperature=0.2`, `router=FOLDER` for one that
     learns, and its own settings as `set.NAME=VALUE`. `label=NAME` names it; otherwise its line does, without folders.
 
@@ -35,8 +37,9 @@ def parse_method(line: str) -> Method:
     if not words:
         raise ValueError("a method is a line such as 'mixture' or 'lego k=5 weighting=uniform set.k=16', got nothing")
     name, given = words[0], _pairs(line, words[1:])
-    if name in WHOLE:
-        return _baseline(name, given, line)
+    kind = Searched if name == Searched.label and "weights" in given else WHOLE.get(name)
+    if kind is not None:
+        return _baseline(kind, given, line)
     if name not in COMPOSERS:
         raise LookupError(f"no method {name!r}; there are {', '.join([*WHOLE, *COMPOSERS])}")
     settings = {key.removeprefix("set."): value for key, value in given.items() if key.startswith("set.")}
@@ -83,20 +86,18 @@ def build_composer(name: str, settings: Mapping[str, Any], router: str | Path | 
     return made
 
 
-def _baseline(name: str, given: Mapping[str, Any], line: str) -> Method:
-    kind = WHOLE[name]
+def _baseline(kind: type[Any], given: Mapping[str, Any], line: str) -> Method:
     _check_keys(given, [f.name for f in fields(kind) if f.init], line)
-    if name == "adapter":
-        if "path" not in given:
-            raise ValueError(f"{line!r}: say which, path=FOLDER")
-        given = {**given, "path": Path(str(given["path"]))}
-    method: Method = kind(**{"label": _label(shlex.split(line)), **given})
+    if kind is OneAdapter and "path" not in given:
+        raise ValueError(f"{line!r}: say which, path=FOLDER")
+    files = {key: Path(str(given[key])) for key in FILES if key in given}
+    method: Method = kind(**{"label": _label(shlex.split(line)), **given, **files})
     return method
 
 
 def _label(words: Sequence[str]) -> str:
     """The words that mean the same on every machine."""
-    return " ".join(word for word in words if not word.startswith(("router=", "path=")))
+    return " ".join(word for word in words if not word.startswith(("router=", "path=", "weights=")))
 
 
 def _pairs(line: str, words: Sequence[str]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from loracompose.evaluation.sensitivity import Curve
 from loracompose.evaluation.statistics import Estimate
 from loracompose.evaluation.summary import Line, Summary, interval, milliseconds, summarise
 
-REFERENCES = ("base", "oracle", "few_shot", "random")  # not to be chosen: no adapter, told the task, or blind
+# Not to be chosen: no adapter, told the task, or blind.
+REFERENCES = ("base", "oracle", "few_shot", "lorahub", "random")
 PLAIN = "selection"  # what every method has to beat
 LEAST = 0.05  # points; smaller gains are shown as 0.0
 QUESTIONS = (
@@ -37,6 +38,14 @@ QUESTIONS = (
     ("PHATGOOSE's gates on probability's sets, against its weights", "phatgoose", "mixture"),
     ("SMoRA's gate at weights by probability, against no gate", "smora", "mixture"),
     ("all adapters of the pool equally, against the first one found", "uniform_all", "selection"),
+    ("LoraHub's weights, searched on five rows of the task, against equal ones", "lorahub", "uniform_all"),
+    (
+        "trimming and electing signs (TIES), against summing, equal weights",
+        "ties weighting=uniform",
+        "mixture weighting=uniform",
+    ),
+    ("dropping entries (DARE), against summing, equal weights", "dare weighting=uniform", "mixture weighting=uniform"),
+    ("KnOTS, against summing, equal weights", "knots weighting=uniform", "mixture weighting=uniform"),
 )
 
 

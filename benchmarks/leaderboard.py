@@ -5,7 +5,8 @@
 
 TASKS holds `<task>.train.jsonl`, `<task>.dev.jsonl` and `<task>.test.jsonl` files, ADAPTERS one adapter a task, named
 as the task and with its card. What is made on the way stands in WORK, and what is there is not made again: stopped, it
-goes on where it was. The second command makes report, README and documents anew from the results; it runs no model.
+goes on where it was; take another WORK when tasks or adapters change. The second command makes report, README and
+documents anew from the results; it runs no model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 PLAN = HERE / "leaderboard.toml"
+SCRIPT = [sys.executable]
+COMMAND = [*SCRIPT, "-c", "from loracompose.cli import app; app()"]
 STEPS = 96  # of 8 rows, of every router
 
 # Asked at the posterior's weights and at equal ones; the others at equal ones alone.
@@ -38,21 +41,20 @@ def learned(routers: Path, multi: Path, weights: Path) -> list[str]:
 
 def made(work: Path, tasks: Path, adapters: Path, dtype: str) -> list[list[str]]:
     """The commands whose output is not there yet."""
-    script, ours = [sys.executable], [sys.executable, "-c", "from loracompose.cli import app; app()"]
     commands = []
     if not (work / "index").exists():
-        commands.append([*ours, "index", "build", str(adapters), str(work / "index"), "--strict"])
+        commands.append([*COMMAND, "index", "build", str(adapters), str(work / "index"), "--strict"])
     if not (work / "multi_task").exists():
-        commands.append([*script, str(HERE / "multi_task.py"), str(tasks), str(work / "multi_task"), "--dtype", dtype])
+        commands.append([*SCRIPT, str(HERE / "multi_task.py"), str(tasks), str(work / "multi_task"), "--dtype", dtype])
     data, index = (str(tasks), str(adapters)), ("--index", str(work / "index"))
-    routers = [*script, str(HERE / "routers.py"), *data, str(work / "routers"), *index, "--steps", str(STEPS)]
-    weights = [*script, str(HERE / "lorahub_weights.py"), *data, str(work / "lorahub.json")]
+    routers = [*SCRIPT, str(HERE / "routers.py"), *data, str(work / "routers"), *index, "--steps", str(STEPS)]
+    weights = [*SCRIPT, str(HERE / "lorahub_weights.py"), *data, str(work / "lorahub.json")]
     return [*commands, *([*command, "--dtype", dtype] for command in (routers, weights))]  # only what is not there
 
 
 def asked(work: Path, tasks: Path, dtype: str, output: Path, rows: int | None) -> list[str]:
     """The command that answers and scores."""
-    command = [sys.executable, "-c", "from loracompose.cli import app; app()", "eval", "run", str(tasks)]
+    command = [*COMMAND, "eval", "run", str(tasks)]
     command += ["-i", str(work / "index"), "--plan", str(PLAN), "--dtype", dtype, "-o", str(output)]
     command += ["--cache", str(work / "answers.sqlite")]
     if rows is not None:
@@ -64,11 +66,11 @@ def asked(work: Path, tasks: Path, dtype: str, output: Path, rows: int | None) -
 
 def reported(output: Path, work: Path) -> list[list[str]]:
     """The commands that make everything anew that is made from the results."""
-    report = [sys.executable, "-c", "from loracompose.cli import app; app()", "eval", "report", str(output)]
+    report = [*COMMAND, "eval", "report", str(output)]
     curves = ["--curves", str(RESULTS / "sensitivity.json"), "--guide", str(ROOT / "docs" / "which_method.md")]
     return [
         [*report, "--html", str(work / "leaderboard.html"), "--readme", str(ROOT / "README.md"), *curves],
-        [sys.executable, str(HERE / "learned_report.py")],
+        [*SCRIPT, str(HERE / "learned_report.py"), str(output)],
     ]
 
 

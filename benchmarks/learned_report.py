@@ -1,12 +1,13 @@
 """Write the tables of docs/learned_methods.md from the leaderboard and the shipped routers.
 
-python benchmarks/learned_report.py
+python benchmarks/learned_report.py [LEADERBOARD.json]
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 from loracompose.durable import write_whole
@@ -16,6 +17,7 @@ from loracompose.marked import fill
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "learned_methods.md"
+LEADERBOARD = ROOT / "benchmarks" / "results" / "leaderboard.json"
 BLOCK = "results"
 UNIFORM = "mixture weighting=uniform"
 
@@ -67,7 +69,7 @@ WITHOUT_LEARNING = (
 )
 
 
-def report() -> str:
+def report(leaderboard: Path = LEADERBOARD) -> str:
     """Both tables in Markdown."""
     lines = [
         "| router | steps | rows | parameters | seconds | dev loss, half-way and at the end |",
@@ -78,7 +80,7 @@ def report() -> str:
         losses = " → ".join(f"{loss:.2f}" for loss in record["dev_losses"].values())
         numbers = f"{record['steps']} | {record['examples']} | {record['parameters']:,} | {record['seconds']:.0f}"
         lines.append(f"| `{file.parent.name}` | {numbers} | {losses} |")
-    found = read_results(ROOT / "benchmarks" / "results" / "leaderboard.json")
+    found = read_results(leaderboard)
     scores = {
         protocol.name: Scores.of(
             [row.task for row in protocol.rows], {method.label: method.scores for method in protocol.methods}
@@ -121,7 +123,7 @@ def verdict(gaps: dict[str, Estimate]) -> str:
 def main() -> None:
     """Put the tables between the marks."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    write_whole(DOCUMENT, fill(text, {BLOCK: report()}))
+    write_whole(DOCUMENT, fill(text, {BLOCK: report(*map(Path, sys.argv[1:]))}))
 
 
 if __name__ == "__main__":

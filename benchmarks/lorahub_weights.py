@@ -7,7 +7,7 @@ Once in the whole pool and once without the task's own adapter, in as many steps
     loracompose eval run TASKS -i INDEX -x "lorahub weights=lorahub.json" -o results.json
 
 TASKS holds `<task>.train.jsonl` files, ADAPTERS one adapter a task, named as the task. What is in the output is not
-searched again.
+searched again: delete it when an adapter changes.
 """
 
 from __future__ import annotations

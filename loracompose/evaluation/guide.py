@@ -39,13 +39,6 @@ QUESTIONS = (
     ("SMoRA's gate at weights by probability, against no gate", "smora", "mixture"),
     ("all adapters of the pool equally, against the first one found", "uniform_all", "selection"),
     ("LoraHub's weights, searched on five rows of the task, against equal ones", "lorahub", "uniform_all"),
-    (
-        "trimming and electing signs (TIES), against summing, equal weights",
-        "ties weighting=uniform",
-        "mixture weighting=uniform",
-    ),
-    ("dropping entries (DARE), against summing, equal weights", "dare weighting=uniform", "mixture weighting=uniform"),
-    ("KnOTS, against summing, equal weights", "knots weighting=uniform", "mixture weighting=uniform"),
 )
 
 

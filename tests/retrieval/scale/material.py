@@ -45,10 +45,10 @@ def enter(catalog, seed, **other):
     catalog.add(new, f"pool/{new.name}", features(EMBEDDER, new.examples, catalog.settings))
 
 
-def make_index(folder, seeds, *, exact_limit, **settings):
+def make_index(folder, seeds, *, exact_limit, scoring="hybrid", **settings):
     """An index of these adapters, opened."""
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = Settings("projection", "1", DIMENSION, "do: ", "hybrid", exact_limit=exact_limit, **settings)
+    chosen = Settings("projection", "1", DIMENSION, "do: ", scoring, exact_limit=exact_limit, **settings)
     catalog = Catalog.create(folder / CATALOG_FILE, chosen)
     with catalog.writing():
         for seed in seeds:

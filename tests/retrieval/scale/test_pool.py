@@ -70,6 +70,16 @@ def test_both_ways_find_the_same(tmp_path, scoring, k):
         assert_same(one.search(PROMPTS, k, scoring=scoring), other.search(PROMPTS, k, scoring=scoring))
 
 
+@pytest.mark.parametrize("exact_limit", [5, 1000])
+@pytest.mark.parametrize("scoring", ["hybrid", "discriminant", "mean"])
+def test_a_search_compares_as_the_index_says_unless_it_is_told(tmp_path, scoring, exact_limit):
+    with make_index(tmp_path / "index", range(30), exact_limit=exact_limit, scoring=scoring) as index:
+        told = {way: index.search(PROMPTS, 5, scoring=way).scores for way in ("hybrid", "discriminant", "mean")}
+        unsaid = index.search(PROMPTS, 5).scores
+    for way, scores in told.items():
+        assert (unsaid.shape == scores.shape and bool((unsaid == scores).all())) == (way == scoring)
+
+
 @pytest.mark.parametrize("scoring", ["hybrid", "mean"])
 def test_both_ways_filter_and_exclude_alike(tmp_path, scoring):
     exclude = [None, ["a00003"], ["a00011", "a00000"], []]

@@ -106,14 +106,23 @@ def test_ranks_that_no_row_uses_are_left_out():
     assert SharedForm(bank(random_delta(weights=weights)))._A.shape == (2, 12)
 
 
-def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it():
-    delta = random_delta(ranks=2, weights=torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
-    delta.A[1] = 1e308
-    x, output = given_input(delta).abs() * 1e10, torch.zeros(2, 3, 9, dtype=torch.float64)
-    for form in ("shared", "gathered"):
-        got = group({"q": delta}, form=form).add("q", output, x)
-        assert torch.isfinite(got[0]).all(), form
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it(dtype: torch.dtype, gradients: bool):
+    weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=dtype)
+    made = random_delta(ranks=2, weights=weights)
+    made.A[1] = torch.finfo(dtype).max
+    delta = LowRankDelta(made.A.to(dtype), made.B.to(dtype), weights)
+    for form, seq in itertools.product(("shared", "gathered"), (1, 3)):
+        x = (given_input(delta, seq=seq).abs() * 10).to(dtype).requires_grad_(gradients)
+        with torch.set_grad_enabled(gradients):
+            got = group({"q": delta}, form=form).add("q", torch.zeros(2, seq, 9, dtype=dtype), x)
+        assert torch.isfinite(got[0]).all(), (form, seq)
         assert not torch.isfinite(got[1]).any()
+        if gradients:
+            (gradient,) = torch.autograd.grad(got[0].sum(), x)
+            expected = (delta.A[:1].mT @ delta.B[:, :1].sum(dim=0)).expand(seq, 12)
+            torch.testing.assert_close(gradient[0], expected, rtol=0.02, atol=0.02)
 
 
 def test_a_form_of_decoding_steps_is_built_once_and_kept_and_one_of_long_passes_is_not():

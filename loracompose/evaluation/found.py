@@ -13,12 +13,17 @@ from torch import Tensor
 from loracompose.retrieval.filtering import Exclude
 from loracompose.retrieval.index import AdapterIndex
 from loracompose.retrieval.result import Retrieval
-from loracompose.retrieval.weighting import softmax_weights, top1_weights, uniform_weights
+from loracompose.retrieval.weighting import (
+    CAUTIOUS_TEMPERATURE,
+    cautious_weights,
+    softmax_weights,
+    top1_weights,
+    uniform_weights,
+)
 
 SetWeighting = Literal["posterior", "uniform", "softmax", "top1", "lorauter", "cautious"]
 SET_WEIGHTINGS: tuple[str, ...] = get_args(SetWeighting)
 LORAUTER_TEMPERATURE = 0.2
-CAUTIOUS_TEMPERATURE, TYPICAL = 4.0, 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +55,10 @@ class Found:
     def weights(self, k: int, weighting: SetWeighting, temperature: float | None) -> Tensor:
         """The weights of the k best, (batch, K).
 
-        "posterior", "uniform", "softmax" (of the index's scores, at a temperature) and "top1" are those of
+        "posterior", "uniform", "softmax" (of the index's scores, at a temperature), "top1" and "cautious" are those of
         `Retriever`. "lorauter" is LORAUTER's (arXiv:2601.21795): a softmax of cosines at temperature 0.2; the paper
         retrieves by the same cosines with representations of a validation set, here the set is the shared one and
-        the representation the mean of the card's examples. "cautious" (ours) is the posterior for prompts that are
-        typical of what they may get, and the posterior at temperature 4 for the others: a posterior says which adapter
-        fits best and is sure of it even where none fits; how usual a prompt is says whether to believe it.
+        the representation the mean of the card's examples.
         """
         found = self.first(k)
         if weighting == "posterior":
@@ -67,15 +70,10 @@ class Found:
         if weighting == "softmax":
             return softmax_weights(found.scores, temperature or 1.0)
         if weighting == "cautious":
-            return self._cautious(found, temperature or CAUTIOUS_TEMPERATURE)
+            t = temperature or CAUTIOUS_TEMPERATURE
+            return cautious_weights(found.weights, found.scores, found.typicality, temperature=t)
         cosines = self.cosines.masked_fill(~torch.isfinite(found.scores), -torch.inf)
         return softmax_weights(cosines, temperature or LORAUTER_TEMPERATURE)
-
-    def _cautious(self, found: Retrieval, temperature: float) -> Tensor:
-        if found.typicality is None:
-            raise ValueError("weighting 'cautious' needs an index whose searches tell how typical a prompt is")
-        usual = (found.typicality > TYPICAL).to(found.weights.device)[:, None]
-        return torch.where(usual, found.weights, softmax_weights(found.scores, temperature))
 
     def place(self, names: Sequence[str]) -> list[int | None]:
         """At which place, from 1, each row found the adapter named for it; None where it did not."""

@@ -24,6 +24,16 @@ QUESTIONS = (
     ("the first adapter found, against the base alone", "selection", "base"),
     ("a sum by probability, against the first adapter alone", "mixture", "selection"),
     ("weights by probability, against equal weights", "mixture", "mixture weighting=uniform"),
+    (
+        "flatter weights for unusual prompts (cautious), against probability",
+        "mixture weighting=cautious",
+        "mixture",
+    ),
+    (
+        "flatter weights for unusual prompts, against the first adapter alone",
+        "mixture weighting=cautious",
+        "selection",
+    ),
     ("weights by LORAUTER's softmax of cosines, against probability", "mixture weighting=lorauter", "mixture"),
     ("LORAUTER whole, against retrieval and weights by probability", "lorauter", "mixture"),
     ("clustering ranks (LEGO), against summing them", "lego", "mixture"),

@@ -15,8 +15,10 @@ from loracompose.retrieval.index import AdapterIndex
 from loracompose.retrieval.result import Retrieval
 from loracompose.retrieval.scoring import Scoring, check_scoring
 from loracompose.retrieval.weighting import (
+    CAUTIOUS_TEMPERATURE,
     WEIGHTINGS,
     Weighting,
+    cautious_weights,
     softmax_weights,
     top1_weights,
     uniform_weights,
@@ -29,7 +31,9 @@ class Retriever:
 
     `weighting` is "posterior" (p(adapter | prompt), shared out among the retrieved), "softmax" (of the scores at
     `temperature`, by default the one fitted on the index: then it is the posterior), "uniform" (LoraRetriever's
-    mixture) or "top1". `scoring` is that of the index if None.
+    mixture), "top1", or "cautious": the posterior for prompts that are typical, and for those that fit no better than
+    a share `alpha` of the pool's own examples a flatter one, of the scores at `temperature`, 4 if None. `scoring` is
+    that of the index if None.
 
     A prompt that is abstained from gets weights of zero, that is the base model; its scores stay. With `abstain` a
     number, those are the prompts whose best score is below it. With "conformal", those that fit no better than a
@@ -54,7 +58,7 @@ class Retriever:
             raise ValueError(f"k must be an integer of at least 1, got {self.k!r}")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {list(WEIGHTINGS)}, got {self.weighting!r}")
-        if self.temperature is not None and self.weighting != "softmax":
+        if self.temperature is not None and self.weighting not in ("softmax", "cautious"):
             raise ValueError(
                 f"weighting {self.weighting!r} uses no temperature, got {self.temperature!r}; leave it out"
             )
@@ -89,4 +93,7 @@ class Retriever:
             return uniform_weights(found.scores)
         if self.weighting == "top1":
             return top1_weights(found.scores)
+        if self.weighting == "cautious":
+            t = CAUTIOUS_TEMPERATURE if self.temperature is None else self.temperature
+            return cautious_weights(found.weights, found.scores, found.typicality, temperature=t, alpha=self.alpha)
         return found.weights if self.temperature is None else softmax_weights(found.scores, self.temperature)

@@ -10,11 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Weighting = Literal["posterior", "softmax", "uniform", "top1"]
+Weighting = Literal["posterior", "softmax", "uniform", "top1", "cautious"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 DEFAULT_TEMPERATURE = 0.05
 """Used where there is nothing to fit: one adapter, or one example each."""
+
+CAUTIOUS_TEMPERATURE, TYPICAL = 4.0, 0.05
 
 SHARPEST, FLATTEST = 0.002, 1.0
 
@@ -48,6 +50,38 @@ def top1_weights(scores: Tensor) -> Tensor:
         best = scores.argmax(dim=-1, keepdim=True)  # (batch, 1)
         weights.scatter_(-1, best, 1.0)
     return weights * torch.isfinite(scores)
+
+
+def cautious_weights(
+    posterior: Tensor,
+    scores: Tensor,
+    typicality: Tensor | None,
+    *,
+    temperature: float = CAUTIOUS_TEMPERATURE,
+    alpha: float = TYPICAL,
+) -> Tensor:
+    """The posterior where a prompt is typical of what it may get, and a flatter one elsewhere.
+
+    Ours: a posterior says which adapter fits best and is sure of it even where none fits; how usual a prompt is says
+    whether to believe it.
+
+    Args:
+        posterior: weights of the retrieved, (batch, K).
+        scores: logarithms of p(adapter | prompt), (batch, K), -inf where not retrieved.
+        typicality: conformal p-value of each prompt, (batch,).
+        temperature: of the others' scores; 1 is the posterior.
+        alpha: a prompt is typical above this.
+
+    Returns:
+        (batch, K) float32.
+
+    Raises:
+        ValueError: nobody knows how typical the prompts are.
+    """
+    if typicality is None:
+        raise ValueError("weighting 'cautious' needs an index whose searches tell how typical a prompt is")
+    usual = (typicality > alpha).to(posterior.device)[:, None]
+    return torch.where(usual, posterior, softmax_weights(scores, temperature))
 
 
 def fit_temperature(means: NDArray[np.float32], examples: Sequence[NDArray[np.float32]], rows: Sequence[int]) -> float:

@@ -32,7 +32,7 @@ def test_each_weighting_weighs_the_same_scores_its_own_way(index):
     assert torch.equal(top1.weights.sum(-1), torch.ones(3))
 
 
-@pytest.mark.parametrize("weighting", ["posterior", "softmax", "uniform", "top1"])
+@pytest.mark.parametrize("weighting", ["posterior", "softmax", "uniform", "top1", "cautious"])
 def test_abstaining_zeroes_weights_and_never_scores(index, weighting):
     plain = Retriever(index, weighting=weighting).retrieve(PROMPTS)
     best = plain.scores.amax(-1)
@@ -57,7 +57,7 @@ def test_exclude_and_where_reach_the_search(index):
     ("arguments", "message"),
     [
         ({"k": 0}, "k must be an integer of at least 1, got 0"),
-        ({"weighting": "best"}, r"one of \['posterior', 'softmax', 'uniform', 'top1'\], got 'best'"),
+        ({"weighting": "best"}, r"one of \['posterior', 'softmax', 'uniform', 'top1', 'cautious'\], got 'best'"),
         ({"weighting": "softmax", "temperature": 0.0}, "above 0 and finite, got 0.0"),
         ({"weighting": "softmax", "temperature": float("nan")}, "above 0 and finite, got nan"),
         ({"weighting": "uniform", "temperature": 0.1}, "uses no temperature"),
@@ -94,6 +94,19 @@ def test_conformal_abstention_is_a_share_of_the_pools_own_held_out_examples(inde
     p = snapshot.typicality(scoring, torch.tensor(known).double().numpy())
     for alpha in (0.1, 0.3, 0.5):
         assert (p <= alpha).mean() <= alpha
+
+
+@pytest.mark.parametrize(("given", "temperature"), [(None, 4.0), (9.0, 9.0)])
+def test_cautious_weights_are_flatter_where_a_prompt_is_not_typical_at_alpha(index, given, temperature):
+    sharp = Retriever(index).retrieve(PROMPTS)
+    flat = Retriever(index, weighting="softmax", temperature=temperature).retrieve(PROMPTS)
+    alpha = float(sharp.typicality[2])
+    usual = sharp.typicality > alpha
+    assert usual.any()
+    assert not usual[2]
+    got = Retriever(index, weighting="cautious", alpha=alpha, temperature=given).retrieve(PROMPTS)
+    torch.testing.assert_close(got.weights, torch.where(usual[:, None], sharp.weights, flat.weights))
+    assert got.weights[2].amax() < sharp.weights[2].amax()
 
 
 def test_conformal_abstention_follows_typicality_and_leaves_scores(index):

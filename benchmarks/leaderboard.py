@@ -5,7 +5,8 @@
 
 TASKS holds `<task>.train.jsonl`, `<task>.dev.jsonl` and `<task>.test.jsonl` files, ADAPTERS one adapter a task, named
 as the task and with its card. What is made on the way stands in WORK, and what is there is not made again: stopped, it
-goes on where it was; take another WORK when tasks or adapters change. The second command makes report, README and
+goes on where it was; take another WORK when tasks or adapters change. After all methods on some rows come the finalists
+under every protocol, and the finalists on all rows; answers are shared. The second command makes report, README and
 documents anew from the results; it runs no model.
 """
 
@@ -22,7 +23,7 @@ from rich.console import Console
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-PLAN = HERE / "leaderboard.toml"
+PLANS = ("leaderboard", "finalists", "all_rows")  # FILE.toml here is what is asked, FILE.json in the results the answer
 SCRIPT = [sys.executable]
 COMMAND = [*SCRIPT, "-c", "from loracompose.cli import app; app()"]
 STEPS = 96  # of 8 rows, of every router
@@ -52,25 +53,43 @@ def made(work: Path, tasks: Path, adapters: Path, dtype: str) -> list[list[str]]
     return [*commands, *([*command, "--dtype", dtype] for command in (routers, weights))]  # only what is not there
 
 
-def asked(work: Path, tasks: Path, dtype: str, output: Path, rows: int | None) -> list[str]:
-    """The command that answers and scores."""
-    command = [*COMMAND, "eval", "run", str(tasks)]
-    command += ["-i", str(work / "index"), "--plan", str(PLAN), "--dtype", dtype, "-o", str(output)]
-    command += ["--cache", str(work / "answers.sqlite")]
-    if rows is not None:
-        command += ["-n", str(rows)]
-    for line in learned(work / "routers", work / "multi_task", work / "lorahub.json"):
-        command += ["-x", line]
-    return command
+def finalists(routers: Path, multi: Path) -> list[str]:
+    """Those of the learned lines that are asked under every protocol and on all rows."""
+    return [f"adapter path={multi} label=multi_task", f"lora_flow weighting=uniform router={routers / 'lora_flow'}"]
 
 
-def reported(output: Path, work: Path) -> list[list[str]]:
+def asked(work: Path, tasks: Path, dtype: str, results: Path, rows: int | None) -> list[list[str]]:
+    """The commands that answer and score, a plan each."""
+    routers, multi = work / "routers", work / "multi_task"
+    few = finalists(routers, multi)
+    more = dict(zip(PLANS, (learned(routers, multi, work / "lorahub.json"), few, few), strict=True))
+    commands = []
+    for plan in PLANS:
+        command = [*COMMAND, "eval", "run", str(tasks), "-i", str(work / "index"), "--dtype", dtype]
+        command += ["--plan", str(HERE / f"{plan}.toml"), "-o", str(results / f"{plan}.json")]
+        command += ["--cache", str(work / "answers.sqlite")]
+        if plan != PLANS[0]:
+            command += ["--timed-rows", "0"]
+        if rows is not None:
+            command += ["-n", str(rows)]
+        commands.append([*command, *(word for line in more[plan] for word in ("-x", line))])
+    return commands
+
+
+def reported(results: Path, work: Path) -> list[list[str]]:
     """The commands that make everything anew that is made from the results."""
-    report = [*COMMAND, "eval", "report", str(output)]
+    first, *others = PLANS
+    table = results / f"{first}.json"
+    page = ["--html", str(work / f"{first}.html"), "--readme", str(ROOT / "README.md")]
     curves = ["--curves", str(RESULTS / "sensitivity.json"), "--guide", str(ROOT / "docs" / "which_method.md")]
+    report = [*COMMAND, "eval", "report"]
     return [
-        [*report, "--html", str(work / "leaderboard.html"), "--readme", str(ROOT / "README.md"), *curves],
-        [*SCRIPT, str(HERE / "learned_report.py"), str(output)],
+        [*report, str(table), *page, *curves],
+        *(
+            [*report, str(results / f"{plan}.json"), "--readme", str(ROOT / "docs" / "protocols.md"), "--block", plan]
+            for plan in others
+        ),
+        [*SCRIPT, str(HERE / "learned_report.py"), str(table)],
     ]
 
 
@@ -80,7 +99,7 @@ def main() -> None:
     parser.add_argument("tasks", type=Path)
     parser.add_argument("adapters", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "leaderboard.json")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("-n", "--rows", type=int, help="of a task; those of the plan if not given")
     parser.add_argument("--dtype", default="bfloat16", help="of the base model")
     parser.add_argument("--report", action="store_true", help="only from the results that are there")
@@ -89,8 +108,8 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     commands = reported(given.output, given.work)
     if not given.report:
-        answers = asked(given.work, given.tasks, given.dtype, given.output, given.rows)
-        commands = [*made(given.work, given.tasks, given.adapters, given.dtype), answers]
+        made_first = made(given.work, given.tasks, given.adapters, given.dtype)
+        commands = [*made_first, *asked(given.work, given.tasks, given.dtype, given.output, given.rows)]
     run(commands, only_list=given.list)
 
 

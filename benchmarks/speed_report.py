@@ -1,10 +1,11 @@
 """Write the tables of docs/speed.md and of the README from what `loracompose bench` measured.
 
 loracompose bench speed -o benchmarks/results/speed.json --figure docs/speed.svg
-loracompose bench speed --dtype bfloat16 --no-slow -o benchmarks/results/speed_bfloat16.json
+loracompose bench speed --dtype bfloat16 --no-slow -o benchmarks/results/speed_bfloat16.json --figure docs/speed_bfloat16.svg
 python benchmarks/step_profile.py
-loracompose bench composing -o benchmarks/results/composing.json
-loracompose bench stream POOL -o benchmarks/results/stream.json
+loracompose bench composing -o benchmarks/results/composing.json --figure docs/composing.svg
+loracompose bench answers INDEX -o benchmarks/results/answers.json --figure docs/answers.svg
+loracompose bench stream POOL --size 10 ... --size 10000 -o benchmarks/results/stream.json --figure docs/stream.svg
 python benchmarks/speed_report.py
 """
 # ruff: noqa: E501  lines of a table are as long as they are
@@ -22,6 +23,7 @@ from loracompose.marked import fill
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PHASES = {"first_token": "64 tokens", "decode": "a step"}
 SHOWN = "PEFT add_weighted_adapter(cat), then adapter_names", "PEFT adapter_names, one adapter a row"
 
 
@@ -67,27 +69,78 @@ def ways(file: str = "speed") -> str:
     return "\n".join(lines)
 
 
+CASE_WAYS = {
+    "loracompose": "loracompose",
+    "PEFT, one adapter for all rows": "PEFT, one adapter for all *",
+    "PEFT adapter_names, one adapter a row": "PEFT adapter_names *",
+    SHOWN[0]: "PEFT cat, then adapter_names",
+    "LoraRetriever's einsum, mixture": "LoraRetriever's einsum",
+}
+
+
+def cases(phase: str, file: str = "speed") -> str:
+    """Every case in one phase: ours beside the others."""
+    result = results(file)
+    lines = [
+        f"In {result['dtype']}; times that of the base model, medians of {result['setting']['rounds']} rounds, quartiles in parentheses.",
+        "",
+        "| case | adapters | " + " | ".join(CASE_WAYS.values()) + " | base, ms | base and floor / base |",
+        "|---|---|" + "---|" * (len(CASE_WAYS) + 2),
+    ]
+    for name, case in result["cases"].items():
+        found = case["ways"]
+        cells = [ratio(found[way]["ratio_to_base"][phase]) if way in found else "" for way in CASE_WAYS]
+        base = found["base model"]["seconds"][phase]["median"]
+        least = 1 + case["floor_seconds"][phase] / base
+        lines.append(f"| {name} | {case['adapters']} | {' | '.join(cells)} | {1000 * base:.1f} | {least:.2f} |")
+    lines += ["", "\\* one adapter for each row, or for all."]
+    return "\n".join(lines)
+
+
+def answers() -> str:
+    """What an answer's time is made of."""
+    result = results("answers")
+    asked = result["asked"]
+    lines = [
+        f"Milliseconds a batch of {asked['rows']} prompts with {asked['k']} of {result['adapters']} adapters each at equal weights, {asked['new_tokens']} tokens an "
+        f"answer; medians of {asked['rounds']} rounds. {conditions(result)}",
+        "",
+        "| composer | sets | retrieve | load | compose | generate | before the model |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, passes in result["composers"].items():
+        for key, label in (("anew", "composed anew"), ("again", "composed before")):
+            part = passes[key]
+            ms = (f"{1000 * stage['median']:,.1f}" for stage in part["seconds"].values())
+            share = part["share_before_the_model"]
+            percent = f"{share['median']:.1%} ({share['low']:.1%}–{share['high']:.1%})"
+            lines.append(f"| `{name}` | {label} | {' | '.join(ms)} | {percent} |")
+    return "\n".join(lines)
+
+
 def profile() -> str:
-    """What a decoding step spends its time on, in each dtype."""
+    """What the passes of both phases spend their time on, in each dtype."""
     result = results("step_profile")
     of = result["machine"]
     lines = [
-        f"Milliseconds of a decoding step, {result['model']}, {of['processor']}, {of['threads']} threads, torch {of['torch']}; medians of "
-        f"{result['rounds']} rounds. Kernels: what the profiler sees of a step with adapters beyond one of the base, largest first.",
+        f"Milliseconds of a pass, {result['model']}, {of['processor']}, {of['threads']} threads, torch {of['torch']}; medians of "
+        f"{result['rounds']} rounds. Kernels: what the profiler sees of a pass with adapters beyond one of the base, largest first.",
         "",
-        "| dtype | form | base | with adapters | floor of the adapters | times base | times base and floor | the same kernels, with adapters less base: ms (calls) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| dtype | pass | form | base | with adapters | floor of the adapters | times base | times base and floor | the same kernels, with adapters less base: ms (calls) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for dtype, found in result["dtypes"].items():
+    for dtype, phase, found in (
+        (dtype, phase, found) for dtype, part in result["dtypes"].items() for phase, found in part["phases"].items()
+    ):
         base = found["ways"]["base model"]
         for form, own in found["ways"].items():
             if own is not base:
                 least = base["ms"] + found["floor_ms"]
-                numbers = (base["ms"], own["ms"], found["floor_ms"])
                 cells = (
                     dtype,
+                    PHASES[phase],
                     form,
-                    *(f"{ms:.1f}" for ms in numbers),
+                    *(f"{ms:.1f}" for ms in (base["ms"], own["ms"], found["floor_ms"])),
                     f"{own['ratio']:.2f}",
                     f"{own['ms'] / least:.2f}",
                 )
@@ -188,6 +241,9 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "ways": ways,
         "bfloat16": partial(ways, "speed_bfloat16"),
         "profile": profile,
+        "cases": partial(cases, "decode"),
+        "prompts": partial(cases, "first_token"),
+        "answers": answers,
         "composing": composing,
         "stream": stream,
     },

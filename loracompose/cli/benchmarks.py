@@ -121,4 +121,5 @@ def scale(
 
 app.command()(speed.speed)
 app.command()(speed.composing)
+app.command()(speed.answers)
 app.command()(speed.stream)

@@ -1,4 +1,4 @@
-"""loracompose bench speed, composing, stream."""
+"""loracompose bench speed, composing, answers, stream."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from loracompose.durable import write_whole
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")]
 Rounds = Annotated[int, typer.Option(help="Measurements of each way.")]
+Figure = Annotated[Path | None, typer.Option(help="SVG or PNG file to draw; needs loracompose[bench].")]
 
 
 def speed(
@@ -29,7 +30,7 @@ def speed(
         bool, typer.Option(help="Time also what runs row by row, and PEFT's SVD, on the first case.")
     ] = True,
     output: Output = None,
-    figure: Annotated[Path | None, typer.Option(help="SVG or PNG file to draw; needs loracompose[bench].")] = None,
+    figure: Figure = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Time a batch of different compositions beside the base model, PEFT's ways and the paper's own code."""
@@ -41,10 +42,39 @@ def speed(
     if unknown := sorted(set(case or ()) - set(CASES)):
         raise LookupError(f"no case is called {', '.join(unknown)}; there are: {'; '.join(CASES)}")
     cases = {name: CASES[name] for name in case} if case else CASES
-    result = measure(load_base(base, device=device, dtype=dtype), cases, Setting(rounds, slow), _tell(as_json))
+    opened = load_base(base, device=device, dtype=dtype)
+    result = measure(opened, cases, Setting(rounds, slow), _tell(as_json), lambda found: _write(found, output))
     if figure is not None:
         draw(result, figure)
     _deliver(result, output, as_json, [speed_table(name, found) for name, found in result["cases"].items()])
+
+
+def answers(
+    index: Annotated[Path, typer.Argument(help="Folder of an index whose cards have examples.")],
+    base: options.Base = options.DEFAULT_BASE,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    composer: Annotated[list[str] | None, typer.Option("--composer", "-c", help="A composer; may be repeated.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Adapters of a prompt, at equal weights.")] = 3,
+    rows: Annotated[int, typer.Option(help="Prompts that run together.")] = 16,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
+    rounds: Rounds = 7,
+    output: Output = None,
+    figure: Figure = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Time what an answer is made of: finding adapters, composing them, and the model."""
+    from loracompose.benchmarks.speed.answers import Asked, measure
+    from loracompose.benchmarks.speed.figure import draw_answers
+    from loracompose.engine import Engine
+
+    quiet_loading()
+    asked = Asked(tuple(composer) if composer else Asked.composers, k, rows, new_tokens, rounds)
+    with Engine.from_pretrained(base, index=index, device=device, dtype=dtype) as engine:
+        result = measure(engine, asked, _tell(as_json))
+    if figure is not None:
+        draw_answers(result, figure)
+    _deliver(result, output, as_json, [answers_table(result)])
 
 
 def composing(
@@ -52,15 +82,19 @@ def composing(
     rounds: Rounds = 7,
     slow_rounds: Annotated[int, typer.Option(help="Measurements of what takes seconds.")] = 3,
     output: Output = None,
+    figure: Figure = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Time composing one set of adapters, LEGO beside scikit-learn's k-means and sums beside PEFT's SVD."""
     from loracompose.benchmarks.speed.composing import measure
+    from loracompose.benchmarks.speed.figure import draw_composing
     from loracompose.models import load_base
 
     quiet_loading()
     with tables.console().status("composing"):
         result = measure(load_base(base, device="cpu", dtype="float32"), rounds=rounds, slow_rounds=slow_rounds)
+    if figure is not None:
+        draw_composing(result, figure)
     _deliver(result, output, as_json, [composing_table(result)])
 
 
@@ -70,17 +104,21 @@ def stream(
     size: Annotated[list[int] | None, typer.Option("--size", help="Adapters of a pool; may be repeated.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts of the stream.")] = 1000,
     output: Output = None,
+    figure: Figure = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Serve a stream of prompts, a few adapters popular and most not, from small and large pools on disk.
 
     Pools of other sizes that the output has already are kept.
     """
+    from loracompose.benchmarks.speed.figure import draw_stream
     from loracompose.benchmarks.speed.stream import Stream, measure
 
     quiet_loading()
     before = json.loads(output.read_text(encoding="utf-8")) if output is not None and output.is_file() else None
     result = measure(base, pool, size or [50, 10_000], Stream(prompts=prompts), _tell(as_json), before)
+    if figure is not None:
+        draw_stream(result, figure)
     _deliver(result, output, as_json, [stream_table(result)])
 
 
@@ -118,6 +156,21 @@ def composing_table(result: Mapping[str, Any]) -> Table:
         rows.append((label, f"{1000 * part['seconds']['median']:,.1f}", spread, found))
     title = f"{result['adapters']} adapters, {result['modules']} modules"
     return tables.table(title, ("method", "ms", "quartiles", "beside"), rows, right=(1,))
+
+
+def answers_table(result: Mapping[str, Any]) -> Table:
+    """The stages of every composer, with sets composed anew and composed before."""
+    rows = []
+    for name, passes in result["composers"].items():
+        for label, part in passes.items():
+            seconds = (f"{1000 * stage['median']:,.1f}" for stage in part["seconds"].values())
+            share = part["share_before_the_model"]
+            percent = f"{share['median']:.1%} [dim]({share['low']:.1%} to {share['high']:.1%})[/]"
+            rows.append((name, label, *seconds, percent))
+    asked = result["asked"]
+    title = f"ms a batch of {asked['rows']} prompts, {asked['k']} adapters each, {asked['new_tokens']} tokens an answer"
+    columns = ("composer", "sets composed", "retrieve", "load", "compose", "generate", "before the model")
+    return tables.table(title, columns, rows, right=(2, 3, 4, 5, 6))
 
 
 def stream_table(result: Mapping[str, Any]) -> Table:
@@ -158,11 +211,15 @@ def _tell(as_json: bool) -> Callable[[str], None]:
 
 
 def _deliver(result: Mapping[str, Any], output: Path | None, as_json: bool, made: list[Table]) -> None:
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, json.dumps(significant(result), indent=1) + "\n")
+    _write(result, output)
     if as_json:
         tables.show_json(significant(result))
         return
     for table in made:
         tables.console().print(table)
+
+
+def _write(result: Mapping[str, Any], output: Path | None) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, json.dumps(significant(result), indent=1) + "\n")

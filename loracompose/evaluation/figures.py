@@ -16,7 +16,8 @@ from loracompose.evaluation.summary import Line, Summary
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 REFERENCES = ("base", "oracle")
-LONGEST_GAP = 9  # points between a point and a name without a line
+LONGEST_GAP = 7  # points between a point and a number without a line
+ROUND = 12  # places around a point that are tried at one distance
 LEAST_MS = 0.1  # a logarithmic axis has no 0
 STYLE = {
     "font.size": 10,
@@ -38,7 +39,7 @@ def leaderboard(summary: Summary) -> str:
     with figure(8.5, 0.3 * len(lines) + 1.2) as (plt, save):
         axes = plt.gca()
         if told_apart:
-            _hits_and_misses(axes, lines)
+            _hits_and_misses(axes, lines, *_found(summary))
         for y, line in enumerate(lines):
             colour = GREY if line.label in REFERENCES else BLUE
             score = line.score
@@ -60,11 +61,18 @@ def leaderboard(summary: Summary) -> str:
         return save()
 
 
-def _hits_and_misses(axes: Any, lines: Sequence[Line]) -> None:
+def _found(summary: Summary) -> tuple[int, int]:
+    """How many rows found their own adapter first, and how many another."""
+    rows = len(summary.scores.values)
+    first = round(summary.found_first * rows / 100)
+    return first, rows - first
+
+
+def _hits_and_misses(axes: Any, lines: Sequence[Line], hits: int, misses: int) -> None:
     """Small triangles at the mean over rows whose own adapter was found first (up) and over the others (down)."""
     for kind, marker, colour, meaning in (
-        ("hit", "^", GREEN, "own adapter found first"),
-        ("miss", "v", ORANGE, "another found first"),
+        ("hit", "^", GREEN, f"own adapter found first ({hits} rows)"),
+        ("miss", "v", ORANGE, f"another found first ({misses} rows)"),
     ):
         found = [(getattr(line, kind), y) for y, line in enumerate(lines) if getattr(line, kind) is not None]
         x, y = zip(*found, strict=True)
@@ -128,59 +136,69 @@ def confusion(found: ProtocolResult) -> str:
 
 
 def quality_and_cost(summary: Summary) -> str:
-    """Score against milliseconds a prompt of the methods that were timed; the area of a point is what they add."""
-    timed = sorted((x for x in summary.lines if x.ms is not None), key=lambda line: line.score.value)
-    with figure(8.5, 5.0) as (plt, save):
-        axes = plt.gca()
-        most = max(1, *(line.added_bytes for line in timed))
-        areas = [25 + 275 * line.added_bytes / most for line in timed]
-        for line, area in zip(timed, areas, strict=True):
+    """Score against milliseconds a prompt of the methods that were timed; the area of a point is what they add.
+
+    Points have the methods' places in the leaderboard, for names would cover them; a key says which is which.
+    """
+    timed = [(place, line) for place, line in enumerate(summary.lines, 1) if line.ms is not None]
+    with figure(9.5, max(5.0, 0.165 * len(timed) + 0.8)) as (plt, save):
+        axes, key = plt.gcf().subplots(1, 2, width_ratios=(3.2, 1))
+        most = max(1, *(line.added_bytes for _, line in timed))
+        areas = [25 + 275 * line.added_bytes / most for _, line in timed]
+        for (_, line), area in zip(timed, areas, strict=True):
             colour = GREY if line.label in REFERENCES else BLUE
             axes.scatter(
                 max(line.ms or 0.0, LEAST_MS), line.score.value, s=area, color=colour, alpha=0.7, edgecolors="white"
             )
         axes.set_xscale("log")
-        for axis_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            axis_format(plt.matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        axes.margins(x=0.18, y=0.1)
-        _name_points(plt, axes, timed, areas)
+        ticker = plt.matplotlib.ticker
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.margins(x=0.08, y=0.08)
         axes.set_xlabel(f"milliseconds a prompt (area: bytes added, the largest {most / 1e6:.1f} MB)")
         axes.set_ylabel("mean score over tasks")
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
+        _key(key, timed)
+        _number_points(plt, axes, timed, areas)
         return save()
 
 
-def _name_points(plt: Any, axes: Any, lines: Sequence[Line], areas: Sequence[float]) -> None:
-    """Names beside their points, left of those near the right edge; moved up with a thin line where others lie."""
+def _key(axes: Any, lines: Sequence[tuple[int, Line]]) -> None:
+    """Which number is which method."""
+    axes.set_axis_off()
+    for row, (place, line) in enumerate(lines):
+        y = 1 - (row + 0.5) / len(lines)
+        axes.text(0.08, y, place, transform=axes.transAxes, ha="right", va="center", fontsize=8, weight="bold")
+        axes.text(0.12, y, line.label, transform=axes.transAxes, ha="left", va="center", fontsize=8)
+
+
+def _number_points(plt: Any, axes: Any, lines: Sequence[tuple[int, Line]], areas: Sequence[float]) -> None:
+    """Numbers beside their points, around them and then further off with a thin line where others lie."""
     plt.gcf().canvas.draw()  # only now are places on the page known
-    points = [(max(line.ms or 0.0, LEAST_MS), line.score.value) for line in lines]
+    points = [(max(line.ms or 0.0, LEAST_MS), line.score.value) for _, line in lines]
     pixels = plt.gcf().dpi / 72
     radii = [pixels * math.sqrt(area / math.pi) for area in areas]
     bounds = plt.matplotlib.transforms.Bbox.from_bounds
     places = axes.transData.transform(points)
     taken = [bounds(x - r, y - r, 2 * r, 2 * r) for (x, y), r in zip(places, radii, strict=True)]
-    edge = axes.get_window_extent().x1
-    for line, point, radius in zip(lines, points, radii, strict=True):
-        gap = radius / pixels + 4
-        for step in range(100):
-            lift, right = 3 * (step // 2), step % 2 == 0
-            place = {
-                "xy": point,
-                "xytext": (gap if right else -gap, lift),
-                "textcoords": "offset points",
-                "fontsize": 9,
-            }
-            name = axes.annotate(line.label, ha="left" if right else "right", va="center", **place)
+    for (number, _), point, radius in zip(lines, points, radii, strict=True):
+        nearest = radius / pixels + 5
+        for step in range(16 * ROUND):
+            away, turn = nearest + 4 * (step // ROUND), 2 * math.pi * (step % ROUND) / ROUND
+            place = {"xy": point, "xytext": (away * math.cos(turn), away * math.sin(turn))}
+            style = {"textcoords": "offset points", "fontsize": 8, "ha": "center", "va": "center"}
+            name = axes.annotate(str(number), **place, **style)
             box = name.get_window_extent()
-            if box.x1 < edge and not any(box.overlaps(other) for other in taken):
+            if not any(box.overlaps(other) for other in taken):
                 break
             name.remove()
         taken.append(box)
-        if lift > LONGEST_GAP:
+        if away > nearest + LONGEST_GAP:
             name.remove()
-            arrow = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.6}
-            axes.annotate(line.label, ha="left" if right else "right", va="center", arrowprops=arrow, **place)
+            arrow = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate(str(number), arrowprops=arrow, **place, **style)
 
 
 def _matrix(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from loracompose.benchmarks.speed.answers import Asked
+from loracompose.benchmarks.speed.answers import measure as measure_answers
 from loracompose.benchmarks.speed.case import Case, make_adapters, write_adapters
 from loracompose.benchmarks.speed.composing import measure as measure_composing
+from loracompose.benchmarks.speed.figure import draw, draw_answers, draw_composing, draw_stream
 from loracompose.benchmarks.speed.measure import Setting, agree, measure, opened, token_ids
 from loracompose.benchmarks.speed.published import Einsum, MergeAndRestore
 from loracompose.benchmarks.speed.rounds import Samples, compared, one_round, summary
@@ -17,9 +22,11 @@ from loracompose.benchmarks.speed.stream import Stream, write_pool
 from loracompose.benchmarks.speed.stream import measure as measure_stream
 from loracompose.models import BaseModel
 from loracompose.runtime.machine import DEFAULT
+from tests.engines import build_engine
 from tests.tiny import base_model
 from tests.training.tiny_base import base_folder
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CASE = Case(rows=4, k=2, distinct=3, ranks=(2, 3), tokens=6, steps=2)
 
 
@@ -71,6 +78,28 @@ def test_ways_that_differ_are_not_timed(base: BaseModel) -> None:
         agree([Einsum(base.model, adapters, CASE, "mixture"), Einsum(base.model, other, CASE, "mixture")], ids)
 
 
+def test_one_row_that_differs_is_enough_in_16_bits_too(base: BaseModel) -> None:
+    @dataclass(frozen=True, eq=False)
+    class Given:
+        name: str
+        logits: torch.Tensor
+        computes: str = "the mixture"
+        once: float = 0.0
+        slow: bool = False
+
+        @contextmanager
+        def ready(self):
+            yield lambda ids, cache: (self.logits, None)
+
+    right = torch.randn(512, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    near, wrong = right * (1 + 2**-7), right.clone()
+    wrong[5] = wrong[5].roll(1)
+    ids = torch.zeros(512, 2, dtype=torch.long)
+    assert agree([Given("ours", right), Given("near", near)], ids)["near"] < 0.02
+    with pytest.raises(ArithmeticError, match="'wrong' differs from 'ours'"):
+        agree([Given("ours", right), Given("wrong", wrong)], ids)
+
+
 def test_merging_and_restoring_leaves_the_weights_bit_equal(base: BaseModel) -> None:
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     one_round(MergeAndRestore(base.model, make_adapters(CASE, base.model), CASE), token_ids(base, CASE, 0), 2)
@@ -78,7 +107,10 @@ def test_merging_and_restoring_leaves_the_weights_bit_equal(base: BaseModel) -> 
 
 
 def test_every_way_of_every_case_is_timed_in_every_round(base: BaseModel) -> None:
-    result = measure(base, {"several": CASE, "one": replace(CASE, distinct=1)}, Setting(rounds=1))
+    kept: list[list[str]] = []
+    cases = {"several": CASE, "one": replace(CASE, distinct=1)}
+    result = measure(base, cases, Setting(rounds=1), keep=lambda found: kept.append(list(found["cases"])))
+    assert kept == [["several"], ["several", "one"]]  # a case that fails does not take the others with it
     several, one = (case["ways"] for case in result["cases"].values())
     assert set(several) > {name for name in one if "folded" not in name}
     assert "merge into the weights and restore, row by row" in several  # the slow ways, on the first case alone
@@ -148,3 +180,48 @@ def test_a_large_pool_serves_the_same_stream_from_a_small_store(tmp_path: Path) 
     assert again["seconds_to_smallest"]["12"] == large["seconds"] / again["pools"]["3"]["seconds"]
     with pytest.raises(ValueError, match="choose another file"):
         measure_stream(base, tmp_path / "pool", [3], Stream(prompts=7), before=result)
+
+
+def test_the_stages_of_an_answer_are_those_of_sets_composed_anew_and_again(tmp_path: Path) -> None:
+    asked = Asked(composers=("lego", "mixture"), k=2, rows=3, new_tokens=2, rounds=2)
+    with build_engine(tmp_path) as engine:
+        result = measure_answers(engine, asked)
+        stats = engine.cache.stats
+    assert list(result["composers"]) == ["lego", "mixture"]
+    assert stats.hits >= 2  # LEGO's sets of the second pass of every round were composed before
+    assert stats.misses >= 2
+    for passes in result["composers"].values():
+        assert set(passes) == {"anew", "again"}
+        for part in passes.values():
+            assert list(part["seconds"]) == ["retrieve", "load", "compose", "generate"]
+            assert 0 < part["share_before_the_model"]["median"] < 1
+            assert all(stage["median"] > 0 for stage in part["seconds"].values())
+
+
+def test_answers_are_not_timed_without_prompts_or_with_nothing_to_time(tmp_path: Path) -> None:
+    with build_engine(tmp_path) as engine, pytest.raises(ValueError, match="needs an index"):
+        measure_answers(replace(engine, retriever=None), Asked())
+    with pytest.raises(ValueError, match="new_tokens must be at least 1"):
+        Asked(new_tokens=0)
+    with pytest.raises(ValueError, match="no composer"):
+        Asked(composers=())
+
+
+@pytest.mark.parametrize(
+    ("name", "draw", "shown"),
+    [
+        ("speed", draw, "PEFT set_adapter, row by row"),
+        ("composing", draw_composing, "PEFT add_weighted_adapter(svd), for linear"),
+        ("answers", draw_answers, "sets composed before"),
+        ("stream", draw_stream, "prompts a second"),
+    ],
+)
+def test_equal_results_give_equal_figures_that_name_what_they_show(name, draw, shown, tmp_path: Path) -> None:
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    for file in ("first.svg", "second.svg"):
+        draw(result, tmp_path / file)
+    first, second = ((tmp_path / file).read_text(encoding="utf-8") for file in ("first.svg", "second.svg"))
+    assert first == second
+    assert shown in first
+    for method in result.get("composers", {}) if name == "answers" else result.get("seconds", {}):
+        assert f">{method}<" in first

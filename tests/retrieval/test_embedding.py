@@ -78,6 +78,17 @@ def test_examples_that_cancel_out_are_refused_by_name():
         representation(np.array([[1, 0, 1, 0, 1, 0, 1, 0], [1, 0, -1, 0, 1, 0, 1, 0]], dtype=np.float32), "x")
 
 
+@pytest.mark.parametrize(("device", "given", "asked"), [("cpu", None, 8), ("cuda", None, 32), ("cpu", 5, 5)])
+def test_a_pass_on_a_cpu_has_few_texts_so_that_little_is_filled_up(device, given, asked):
+    class Model:
+        def encode(self, texts, *, batch_size, **_):
+            return np.full((len(texts), 2), batch_size)
+
+    embedder = SentenceTransformerEmbedder("a-model", device=device, batch_size=given)
+    embedder._model = Model()  # in the place of the one that would be loaded
+    assert (embedder(["one", "two"]) == asked).all()
+
+
 @pytest.mark.real
 def test_the_default_encoder_gives_the_same_unit_vectors_alone_and_in_a_batch():
     encoder = as_embedder(None)

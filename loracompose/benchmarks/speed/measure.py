@@ -40,9 +40,9 @@ CASES: Mapping[str, Case] = {
     "rank 16 on every linear": Case(ranks=(16,), targets="all"),
 }
 
-# Largest difference of a row's logits, relative to them, for which two ways compute the same thing.
+# Largest difference of logits, relative to the largest logit, for which two ways compute the same thing.
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 2e-4}
-COARSE = 1e-1  # of bfloat16 and float16, whose rounding adds up over the layers
+COARSE = 6e-2  # of bfloat16 and float16
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def opened(base: BaseModel, case: Case, seed: int, rates: Machine, *, slow: bool
 
 
 def agree(ways: Sequence[Way], ids: Tensor) -> dict[str, float]:
-    """How far each way's logits are from the first's that computes the mixture: of the row that differs most.
+    """Largest relative difference of each way's logits from the first that computes the mixture.
 
     Raises:
         ArithmeticError: one differs by more than rounding.
@@ -197,11 +197,11 @@ def agree(ways: Sequence[Way], ids: Tensor) -> dict[str, float]:
         if reference is None:
             reference = own
         pairs = zip(own, reference, strict=True)
-        found[way.name] = max(float(((a - b).float().norm(dim=-1) / b.float().norm(dim=-1)).max()) for a, b in pairs)
+        found[way.name] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         allowed = TOLERANCE.get(own[0].dtype, COARSE)
         if not found[way.name] <= allowed:
             raise ArithmeticError(
-                f"{way.name!r} differs from {next(iter(found))!r} by {found[way.name]:.1e} of a row's logits, "
+                f"{way.name!r} differs from {next(iter(found))!r} by {found[way.name]:.1e} of the largest logit, "
                 f"allowed are {allowed:.0e}: they do not compute the same thing, so their times mean nothing"
             )
     return found

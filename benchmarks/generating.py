@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,10 @@ def until(tokens: list[int], ends: list[int]) -> list[int]:
 def measure(base: BaseModel, prompts: list[str], rounds: int) -> dict[str, Any]:
     """Seconds of every way, in turn, and how many answers are those of the first."""
     seconds: dict[str, list[float]] = {}
-    answers: Mapping[str, Ids] = {name: way() for name, way in ways(base, prompts).items()}  # warms up
+    made = ways(base, prompts)
+    answers = {name: way() for name, way in made.items()}  # warms up
     for _ in range(rounds):
-        for name, way in ways(base, prompts).items():
+        for name, way in made.items():
             start = time.perf_counter()
             way()
             seconds.setdefault(name, []).append(time.perf_counter() - start)
@@ -85,8 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", type=Path, help="JSON lines with a prompt")
     parser.add_argument("--base", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--copies", type=int, default=4, help="of every prompt")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=1, help="of every prompt")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     base = load_base(given.base, device="cpu", dtype="float32")

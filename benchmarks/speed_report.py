@@ -5,7 +5,7 @@ loracompose bench speed --dtype bfloat16 --no-slow -o benchmarks/results/speed_b
 python benchmarks/step_profile.py
 loracompose bench composing -o benchmarks/results/composing.json --figure docs/composing.svg
 loracompose bench answers INDEX -o benchmarks/results/answers.json --figure docs/answers.svg
-loracompose bench stream POOL --size 10 ... --size 10000 -o benchmarks/results/stream.json --figure docs/stream.svg
+loracompose bench stream POOL -o benchmarks/results/stream.json --figure docs/stream.svg
 python benchmarks/speed_report.py
 """
 # ruff: noqa: E501  lines of a table are as long as they are

@@ -102,7 +102,7 @@ def _stages(engine: Engine, asked: Asked, composer: str, prompts: Sequence[str])
     """Seconds of every stage of one batch, by the clock from before the search to after the answers."""
     start = time.perf_counter()
     found = engine.retrieve(prompts, k=asked.k)
-    sets = [[found.names[i] for i in row.isfinite().nonzero()[:, 0].tolist()] for row in found.scores]
+    sets = [[match.card.name for match in found.for_prompt(i)] for i in range(len(found))]
     retrieved = time.perf_counter() - start
     answers = engine.generate(
         prompts,

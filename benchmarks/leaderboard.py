@@ -8,17 +8,30 @@ as the task and with its card. What is made on the way stands in WORK, and what 
 goes on where it was; take another WORK when tasks or adapters change. After all methods on some rows come the finalists
 under every protocol, and the finalists on all rows; answers are shared. The second command makes report, README and
 documents anew from the results; it runs no model.
+
+What can run side by side does, in `--jobs` processes: what is trained, then the answers in shares of a few lines of a
+plan. What they print goes to WORK/logs. The plans themselves run alone at last, find every answer there, and take the
+times. How long everything took stands in leaderboard_run.json beside the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
+
+from loracompose.durable import write_whole
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -27,10 +40,33 @@ PLANS = ("leaderboard", "finalists", "all_rows")  # FILE.toml here is what is as
 SCRIPT = [sys.executable]
 COMMAND = [*SCRIPT, "-c", "from loracompose.cli import app; app()"]
 STEPS = 96  # of 8 rows, of every router
+SHARE = 3  # lines of a plan that one process answers: each pays for loading the model and for retrieval
+POLL = 0.5  # seconds
 
 # Asked at the posterior's weights and at equal ones; the others at equal ones alone.
 ON_BOTH = ("ramole", "lora_flow", "mole", "smora")
 ON_EQUAL = ("milora", "phatgoose", "cat", "xlora")
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One command.
+
+    Attributes:
+        name: of its log.
+        command: its words.
+    """
+
+    name: str
+    command: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Took:
+    """How long a step ran, in seconds from its start to its end."""
+
+    name: str
+    seconds: float
 
 
 def learned(routers: Path, multi: Path, weights: Path) -> list[str]:
@@ -40,17 +76,25 @@ def learned(routers: Path, multi: Path, weights: Path) -> list[str]:
     return lines + [f"{name} weighting=uniform router={routers / name}" for name in (*ON_BOTH, *ON_EQUAL)]
 
 
-def made(work: Path, tasks: Path, adapters: Path, dtype: str) -> list[list[str]]:
-    """The commands whose output is not there yet."""
-    commands = []
-    if not (work / "index").exists():
-        commands.append([*COMMAND, "index", "build", str(adapters), str(work / "index"), "--strict"])
-    if not (work / "multi_task").exists():
-        commands.append([*SCRIPT, str(HERE / "multi_task.py"), str(tasks), str(work / "multi_task"), "--dtype", dtype])
+def indexed(work: Path, adapters: Path) -> list[Step]:
+    """The index, if it is not there yet: what is trained needs it."""
+    build = [*COMMAND, "index", "build", str(adapters), str(work / "index"), "--strict"]
+    return [] if (work / "index").exists() else [Step("index", build)]
+
+
+def trained(work: Path, tasks: Path, adapters: Path, dtype: str) -> list[Step]:
+    """Whatever learns and is not there yet; none needs another."""
     data, index = (str(tasks), str(adapters)), ("--index", str(work / "index"))
     routers = [*SCRIPT, str(HERE / "routers.py"), *data, str(work / "routers"), *index, "--steps", str(STEPS)]
-    weights = [*SCRIPT, str(HERE / "lorahub_weights.py"), *data, str(work / "lorahub.json")]
-    return [*commands, *([*command, "--dtype", dtype] for command in (routers, weights))]  # only what is not there
+    steps = []
+    if not (work / "multi_task").exists():
+        steps.append(Step("multi_task", [*SCRIPT, str(HERE / "multi_task.py"), str(tasks), str(work / "multi_task")]))
+    # It looks itself which tasks are not there yet.
+    steps.append(Step("lorahub", [*SCRIPT, str(HERE / "lorahub_weights.py"), *data, str(work / "lorahub.json")]))
+    for name in (*ON_BOTH, *ON_EQUAL):
+        if not (work / "routers" / name).exists():
+            steps.append(Step(name, [*routers, "--only", name]))
+    return [Step(step.name, [*step.command, "--dtype", dtype]) for step in steps]
 
 
 def finalists(routers: Path, multi: Path) -> list[str]:
@@ -58,39 +102,144 @@ def finalists(routers: Path, multi: Path) -> list[str]:
     return [f"adapter path={multi} label=multi_task", f"lora_flow weighting=uniform router={routers / 'lora_flow'}"]
 
 
-def asked(work: Path, tasks: Path, dtype: str, results: Path, rows: int | None) -> list[list[str]]:
-    """The commands that answer and score, a plan each."""
+def more(plan: str, work: Path) -> list[str]:
+    """The lines that a plan gets beside its own."""
     routers, multi = work / "routers", work / "multi_task"
-    few = finalists(routers, multi)
-    more = dict(zip(PLANS, (learned(routers, multi, work / "lorahub.json"), few, few), strict=True))
-    commands = []
+    return learned(routers, multi, work / "lorahub.json") if plan == PLANS[0] else finalists(routers, multi)
+
+
+def answering(work: Path, tasks: Path, dtype: str, plan: Path, output: Path, rows: int | None) -> list[str]:
+    """The command that answers and scores a plan."""
+    command = [*COMMAND, "eval", "run", str(tasks), "-i", str(work / "index"), "--dtype", dtype, "--plan", str(plan)]
+    command += ["-o", str(output), "--cache", str(work / "answers.sqlite")]
+    return command if rows is None else [*command, "-n", str(rows)]
+
+
+def asked(work: Path, tasks: Path, dtype: str, results: Path, rows: int | None) -> list[Step]:
+    """The steps that answer and score, a plan each; times are taken with the first."""
+    steps = []
     for plan in PLANS:
-        command = [*COMMAND, "eval", "run", str(tasks), "-i", str(work / "index"), "--dtype", dtype]
-        command += ["--plan", str(HERE / f"{plan}.toml"), "-o", str(results / f"{plan}.json")]
-        command += ["--cache", str(work / "answers.sqlite")]
-        if plan != PLANS[0]:
-            command += ["--timed-rows", "0"]
-        if rows is not None:
-            command += ["-n", str(rows)]
-        commands.append([*command, *(word for line in more[plan] for word in ("-x", line))])
-    return commands
+        command = answering(work, tasks, dtype, HERE / f"{plan}.toml", results / f"{plan}.json", rows)
+        timed = [] if plan == PLANS[0] else ["--timed-rows", "0"]
+        steps.append(Step(plan, [*command, *timed, *(word for line in more(plan, work) for word in ("-x", line))]))
+    return steps
 
 
-def reported(results: Path, work: Path) -> list[list[str]]:
+def shares(plan: str, work: Path, tasks: Path, dtype: str, rows: int | None) -> list[Step]:
+    """A plan in shares of a few lines, whose answers go to the same cache; their own plans are written to WORK."""
+    said = tomllib.loads((HERE / f"{plan}.toml").read_text(encoding="utf-8"))
+    lines = [*said["methods"], *more(plan, work)]
+    count = -(-len(lines) // SHARE)
+    steps = []
+    for place in range(count):
+        name = f"{plan}-{place + 1}-of-{count}"
+        file = work / "shares" / f"{name}.toml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Every count-th line, for neighbours are alike: the slow ones would all be one's.
+        content = {**said, "methods": lines[place::count]}
+        write_whole(file, "".join(f"{key} = {json.dumps(value)}\n" for key, value in content.items()))
+        command = answering(work, tasks, dtype, file, file.with_suffix(".json"), rows)
+        steps.append(Step(name, [*command, "--timed-rows", "0"]))
+    return steps
+
+
+def reported(results: Path, work: Path) -> list[Step]:
     """The commands that make everything anew that is made from the results."""
     first, *others = PLANS
     table = results / f"{first}.json"
     page = ["--html", str(work / f"{first}.html"), "--readme", str(ROOT / "README.md")]
     curves = ["--curves", str(RESULTS / "sensitivity.json"), "--guide", str(ROOT / "docs" / "which_method.md")]
     report = [*COMMAND, "eval", "report"]
+    protocols = ["--readme", str(ROOT / "docs" / "protocols.md")]
     return [
-        [*report, str(table), *page, *curves],
+        Step("report", [*report, str(table), *page, *curves]),
         *(
-            [*report, str(results / f"{plan}.json"), "--readme", str(ROOT / "docs" / "protocols.md"), "--block", plan]
+            Step(f"report-{plan}", [*report, str(results / f"{plan}.json"), *protocols, "--block", plan])
             for plan in others
         ),
-        [*SCRIPT, str(HERE / "learned_report.py"), str(table)],
+        Step("learned", [*SCRIPT, str(HERE / "learned_report.py"), str(table)]),
     ]
+
+
+def shown(step: Step) -> str:
+    """A step as one would type it."""
+    return " ".join(f'"{word}"' if " " in word else word for word in step.command)
+
+
+def run(steps: Sequence[Step]) -> list[Took]:
+    """One after the other, their output on the terminal; the first that fails ends it with its status."""
+    took = []
+    for step in steps:
+        Console(soft_wrap=True).print(shown(step), markup=False, highlight=False)
+        start = time.monotonic()
+        if status := subprocess.run(step.command, check=False).returncode:
+            raise SystemExit(status)
+        took.append(Took(step.name, time.monotonic() - start))
+    return took
+
+
+def run_beside(steps: Sequence[Step], jobs: int, logs: Path) -> list[Took]:
+    """So many at once, their output in a file each; the first that fails ends all with its status."""
+    out = Console(soft_wrap=True)
+    logs.mkdir(parents=True, exist_ok=True)
+    # Several threads of several processes would wait for one another.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    took: list[Took] = []
+    waiting = list(steps)
+    with running(environment, logs) as processes:
+        while waiting or processes.current:
+            while waiting and len(processes.current) < jobs:
+                processes.start(waiting.pop(0))
+            for step, seconds, status in processes.ended():
+                took.append(Took(step.name, seconds))
+                out.print(f"{len(took)} of {len(steps)}: {step.name}, {seconds:.0f} s", highlight=False)
+                if status:
+                    log = logs / f"{step.name}.txt"
+                    out.print(f"{shown(step)}\nended with {status}; {log} ends with", markup=False, highlight=False)
+                    out.print(log.read_text(encoding="utf-8")[-2000:], markup=False, highlight=False)
+                    raise SystemExit(status)
+            time.sleep(POLL)
+    return took
+
+
+class Processes:
+    """Steps that run now, each with its start, its process and its log."""
+
+    def __init__(self, environment: dict[str, str], logs: Path) -> None:
+        self.current: dict[Step, tuple[float, subprocess.Popen[bytes], IO[bytes]]] = {}
+        self._environment = environment
+        self._logs = logs
+
+    def start(self, step: Step) -> None:
+        """Begin a step."""
+        log = (self._logs / f"{step.name}.txt").open("wb")
+        process = subprocess.Popen(step.command, env=self._environment, stdout=log, stderr=subprocess.STDOUT)
+        self.current[step] = (time.monotonic(), process, log)
+
+    def ended(self) -> Iterator[tuple[Step, float, int]]:
+        """Those that have ended since, with their seconds and their status."""
+        for step, (start, process, log) in list(self.current.items()):
+            if (status := process.poll()) is not None:
+                log.close()
+                del self.current[step]
+                yield step, time.monotonic() - start, status
+
+    def stop(self) -> None:
+        """End all that run."""
+        for _, process, log in self.current.values():
+            process.terminate()
+            process.wait()
+            log.close()
+
+
+@contextmanager
+def running(environment: dict[str, str], logs: Path) -> Iterator[Processes]:
+    """Processes that do not outlive an error or an interrupt."""
+    processes = Processes(environment, logs)
+    try:
+        yield processes
+    finally:
+        processes.stop()
 
 
 def main() -> None:
@@ -101,25 +250,46 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("-n", "--rows", type=int, help="of a task; those of the plan if not given")
+    parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
     parser.add_argument("--dtype", default="bfloat16", help="of the base model")
     parser.add_argument("--report", action="store_true", help="only from the results that are there")
     parser.add_argument("--list", action="store_true", help="show the commands and stop")
     given = parser.parse_args()
+    if given.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {given.jobs}")
     given.work.mkdir(parents=True, exist_ok=True)
-    commands = reported(given.output, given.work)
-    if not given.report:
-        made_first = made(given.work, given.tasks, given.adapters, given.dtype)
-        commands = [*made_first, *asked(given.work, given.tasks, given.dtype, given.output, given.rows)]
-    run(commands, only_list=given.list)
+    if given.report:
+        stages = [reported(given.output, given.work)]
+    else:
+        stages = [
+            indexed(given.work, given.adapters),
+            trained(given.work, given.tasks, given.adapters, given.dtype),
+            *(shares(plan, given.work, given.tasks, given.dtype, given.rows) for plan in PLANS),
+            asked(given.work, given.tasks, given.dtype, given.output, given.rows),
+        ]
+    if given.list:
+        for step in (step for stage in stages for step in stage):
+            Console(soft_wrap=True).print(shown(step), markup=False, highlight=False)
+    elif given.report:
+        run(stages[0])
+    else:
+        carry_out(stages, given.jobs, given.work, given.output)
 
 
-def run(commands: Sequence[Sequence[str]], *, only_list: bool) -> None:
-    """One after the other; the first that fails ends it."""
-    out = Console(soft_wrap=True)
-    for command in commands:
-        out.print(" ".join(f'"{word}"' if " " in word else word for word in command), markup=False, highlight=False)
-        if not only_list and (status := subprocess.run(command, check=False).returncode):
-            raise SystemExit(status)
+def carry_out(stages: Sequence[Sequence[Step]], jobs: int, work: Path, output: Path) -> None:
+    """The index alone, then what can run side by side, then the plans alone; and how long all that took."""
+    first, *beside, last = stages
+    resumed = (work / "logs").exists()
+    start = time.monotonic()
+    took = run(first)
+    for stage in beside:
+        took += run_beside(stage, jobs, work / "logs")
+    took += run(last)
+    seconds = time.monotonic() - start
+    steps = [{**asdict(one), "seconds": round(one.seconds)} for one in took]
+    record = {"seconds": round(seconds), "resumed": resumed, "jobs": jobs, "cores": os.cpu_count(), "steps": steps}
+    write_whole(output / "leaderboard_run.json", json.dumps(record, indent=1) + "\n")
+    Console().print(f"{seconds / 60:.0f} minutes, {len(steps)} steps, {jobs} at once", highlight=False)
 
 
 if __name__ == "__main__":

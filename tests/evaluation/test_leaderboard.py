@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from loracompose.cli.evaluating import read_plan
 from loracompose.composers import COMPOSERS
 from loracompose.evaluation.protocols import PROTOCOLS, get_protocol
 from loracompose.evaluation.specification import BASELINES
@@ -20,8 +24,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def leaderboard():
     source = importlib.util.spec_from_file_location("leaderboard", BENCHMARKS / "leaderboard.py")
     module = importlib.util.module_from_spec(source)
+    sys.modules[source.name] = module  # where dataclasses look for their module
     source.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules[source.name]
 
 
 def lines(leaderboard):
@@ -44,7 +50,8 @@ def test_every_method_that_learns_is_asked_with_its_router_and_no_other(leaderbo
 
 
 def test_the_finalists_are_asked_under_every_protocol_and_on_all_rows_from_the_same_answers(leaderboard):
-    first, finalists, all_rows = leaderboard.asked(Path("work"), Path("tasks"), "bfloat16", Path("results"), None)
+    steps = leaderboard.asked(Path("work"), Path("tasks"), "bfloat16", Path("results"), None)
+    first, finalists, all_rows = (step.command for step in steps)
     plans = [Path(command[command.index("--plan") + 1]) for command in (first, finalists, all_rows)]
     _, under_every, on_all = (tomllib.loads(plan.read_text()) for plan in plans)
     assert {get_protocol(name).name for name in under_every["protocols"]} == set(PROTOCOLS)
@@ -56,11 +63,31 @@ def test_the_finalists_are_asked_under_every_protocol_and_on_all_rows_from_the_s
         assert {word for word in command if "router=" in word or "path=" in word} <= learned
         assert command[command.index("--cache") + 1] == first[first.index("--cache") + 1]
     few = leaderboard.asked(Path("work"), Path("tasks"), "bfloat16", Path("results"), 1)
-    assert all(command[command.index("-n") + 1] == "1" for command in few)
+    assert all(step.command[step.command.index("-n") + 1] == "1" for step in few)
+
+
+def test_the_shares_of_a_plan_are_its_lines_each_once_and_otherwise_the_plan(leaderboard, tmp_path):
+    for plan, whole in zip(
+        leaderboard.PLANS,
+        leaderboard.asked(tmp_path, Path("tasks"), "bfloat16", tmp_path / "results", None),
+        strict=True,
+    ):
+        said = tomllib.loads((BENCHMARKS / f"{plan}.toml").read_text())
+        added = [word for before, word in pairwise(whole.command) if before == "-x"]
+        steps = leaderboard.shares(plan, tmp_path, Path("tasks"), "bfloat16", None)
+        files = [Path(step.command[step.command.index("--plan") + 1]) for step in steps]
+        shares = [read_plan(file) for file in files]
+        assert sorted(line for share in shares for line in share["methods"]) == sorted([*said["methods"], *added])
+        assert all(1 <= len(share["methods"]) <= leaderboard.SHARE for share in shares)
+        assert all({**share, "methods": said["methods"]} == said for share in shares)
+        caches = {command[command.index("--cache") + 1] for command in [whole.command, *(s.command for s in steps)]}
+        assert caches == {str(tmp_path / "answers.sqlite")}
+        outputs = {command[command.index("-o") + 1] for command in [whole.command, *(s.command for s in steps)]}
+        assert len(outputs) == len(steps) + 1  # no share writes over the results
 
 
 def test_everything_that_is_made_from_results_is_made_by_the_report(leaderboard):
-    commands = leaderboard.reported(Path("results"), Path("work"))
+    commands = [step.command for step in leaderboard.reported(Path("results"), Path("work"))]
     made = {word for command in commands for word in command if word.endswith((".md", ".html"))}
     assert {Path(file).name for file in made} == {"README.md", "which_method.md", "protocols.md", "leaderboard.html"}
     assert commands[-1][1].endswith("learned_report.py")
@@ -69,22 +96,57 @@ def test_everything_that_is_made_from_results_is_made_by_the_report(leaderboard)
 
 
 def test_what_stands_in_the_folder_is_not_made_again(leaderboard, tmp_path):
-    first = leaderboard.made(tmp_path, Path("tasks"), Path("adapters"), "bfloat16")
-    assert [Path(command[1]).name for command in first] == ["-c", "multi_task.py", "routers.py", "lorahub_weights.py"]
-    (tmp_path / "index").mkdir()
-    (tmp_path / "multi_task").mkdir()
-    again = leaderboard.made(tmp_path, Path("tasks"), Path("adapters"), "bfloat16")
-    assert again == first[2:]  # which look themselves, router by router and task by task
+    def names():
+        return [step.name for step in leaderboard.trained(tmp_path, Path("tasks"), Path("adapters"), "bfloat16")]
+
+    routers = [*leaderboard.ON_BOTH, *leaderboard.ON_EQUAL]
+    assert [step.name for step in leaderboard.indexed(tmp_path, Path("adapters"))] == ["index"]
+    assert names() == ["multi_task", "lorahub", *routers]
+    for made in ("index", "multi_task", "routers/mole"):
+        (tmp_path / made).mkdir(parents=True)
+    assert leaderboard.indexed(tmp_path, Path("adapters")) == []
+    routers.remove("mole")
+    assert names() == ["lorahub", *routers]  # LoraHub's looks itself, task by task
 
 
 def test_the_first_command_that_fails_ends_the_run_with_its_status(leaderboard, tmp_path):
-    fails = [sys.executable, "-c", "raise SystemExit(3)"]
-    writes = [sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'w').close()"]
+    fails = leaderboard.Step("fails", [sys.executable, "-c", "raise SystemExit(3)"])
+    writes = leaderboard.Step("writes", [sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'w').close()"])
     with pytest.raises(SystemExit) as ended:
-        leaderboard.run([fails, writes], only_list=False)
+        leaderboard.run([fails, writes])
     assert ended.value.code == 3
     assert not (tmp_path / "ran").exists()
-    leaderboard.run([writes], only_list=True)
-    assert not (tmp_path / "ran").exists()
-    leaderboard.run([writes], only_list=False)
+    assert [took.name for took in leaderboard.run([writes])] == ["writes"]
     assert (tmp_path / "ran").exists()
+
+
+def test_steps_side_by_side_share_the_cores_and_each_has_its_log(leaderboard, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    says = "import os, sys; print(sys.argv[1], os.environ['OMP_NUM_THREADS'])"
+    steps = [leaderboard.Step(name, [sys.executable, "-c", says, name]) for name in "abc"]
+    took = leaderboard.run_beside(steps, 2, tmp_path)
+    assert {one.name for one in took} == set("abc")
+    assert all(one.seconds > 0 for one in took)
+    assert [(tmp_path / f"{name}.txt").read_text() for name in "abc"] == ["a 4\n", "b 4\n", "c 4\n"]
+
+
+def test_a_step_that_fails_ends_those_beside_it_and_shows_its_log(leaderboard, tmp_path, capsys):
+    fails = leaderboard.Step("fails", [sys.executable, "-c", "raise SystemExit('no such adapter')"])
+    lives = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+    beside = leaderboard.Step("beside", [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); {lives}"])
+    with pytest.raises(SystemExit) as ended:
+        leaderboard.run_beside([beside, fails], 2, tmp_path)
+    assert ended.value.code == 1
+    assert "no such adapter" in capsys.readouterr().out
+    if (tmp_path / "pid").exists():  # it may have been ended before it began
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_how_long_a_run_took_is_kept_and_whether_it_began_from_nothing(leaderboard, tmp_path):
+    stages = [[leaderboard.Step(name, [sys.executable, "-c", ""])] for name in ("index", "trained", "asked")]
+    for resumed in (False, True):
+        leaderboard.carry_out(stages, 2, tmp_path / "work", tmp_path)
+        record = json.loads((tmp_path / "leaderboard_run.json").read_text())
+        assert [step["name"] for step in record["steps"]] == ["index", "trained", "asked"]
+        assert record["resumed"] is resumed

@@ -1,5 +1,8 @@
-"""Write the tables of fine-tuned encoders and of several centres in docs/retrieval.md from what was measured.
+"""Write the tables of encoders, of their dtype and of several centres in docs/retrieval.md from what was measured.
 
+    loracompose bench retrieval --data FLAN48 -o benchmarks/results/retrieval_flan48.json
+    loracompose bench retrieval --data FLAN48 --encoder :bfloat16 \\
+        -o benchmarks/results/retrieval_flan48_bfloat16.json
     python benchmarks/retriever_finetuning.py FLAN48 TASKS POOL --work DIR \\
         -o benchmarks/results/retriever_finetuning.json
     python benchmarks/several_kinds.py FLAN48 TASKS POOL --work DIR -o benchmarks/results/several_kinds.json
@@ -88,7 +91,19 @@ def gain(part: Mapping[str, Any]) -> str:
     return f"{of['points']:+.1f} [{of['low']:+.1f}, {of['high']:+.1f}]"
 
 
-BLOCKS = {"fine-tuned encoders": encoders, "several kinds": kinds}
+def dtypes() -> str:
+    """What is found on LoraRetriever's tasks with the encoder in float32 and in bfloat16."""
+    lines = ["| encoder in | scoring | @1 | @3 | @5 | @8 |", "|---|---|---|---|---|---|"]
+    for dtype, name in {"float32": "retrieval_flan48", "bfloat16": "retrieval_flan48_bfloat16"}.items():
+        found = results(name)
+        for scoring in ("mean", "meaning", "edges", "hybrid"):
+            hits = found["scorings"][scoring]["all"]["hit"].values()
+            cells = " | ".join(f"{hit['share']:.1f} [{hit['low']:.1f}, {hit['high']:.1f}]" for hit in hits)
+            lines.append(f"| {dtype} | {scoring} | {cells} |")
+    return "\n".join(lines)
+
+
+BLOCKS = {"encoder dtype": dtypes, "fine-tuned encoders": encoders, "several kinds": kinds}
 
 
 def filled(text: str) -> str:

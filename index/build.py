@@ -16,10 +16,12 @@ def main() -> None:
     parser.add_argument("--copy", action="store_true", help="copy the adapters into the index")
     parser.add_argument("--strict", action="store_true", help="fail if an adapter cannot be taken")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing index")
+    parser.add_argument("--encoder", help="sentence encoder, a folder or a Hub name; or NAME:bfloat16")
     options = parser.parse_args()
     index = AdapterIndex.build(
         options.adapters,
         options.index,
+        embedder=options.encoder,
         copy=options.copy,
         strict=options.strict,
         overwrite=options.overwrite,

@@ -15,18 +15,27 @@ if TYPE_CHECKING:
 _RECORDS = frozenset({"data_config.json", "training.json"})
 
 
-def load_encoder(name_or_path: str | Path = DEFAULT_ENCODER, device: str = "cpu") -> SentenceTransformer:
+def load_encoder(
+    name_or_path: str | Path = DEFAULT_ENCODER, device: str = "cpu", dtype: str = "float32"
+) -> SentenceTransformer:
     """Load a sentence-transformers model.
+
+    Args:
+        name_or_path: a Hub name or a folder.
+        device: where it runs.
+        dtype: of its weights and activations: float32, bfloat16 or float16.
 
     Raises:
         LookupError: the encoder is nowhere to be found; the message says what to install.
     """
-    # Importing sentence-transformers takes seconds, which only those who embed should pay.
+    # Importing these takes seconds, which only those who embed should pay.
+    import torch
     from sentence_transformers import SentenceTransformer
 
     resolved = resolve_encoder(name_or_path)
     with found_or_explained(resolved):
-        return SentenceTransformer(resolved.path_or_name, device=device, trust_remote_code=False)
+        encoder = SentenceTransformer(resolved.path_or_name, device=device, trust_remote_code=False)
+    return encoder if dtype == "float32" else encoder.to(getattr(torch, dtype))
 
 
 def encoder_revision(name_or_path: str | Path = DEFAULT_ENCODER) -> str:

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from loracompose import load_adapter
+from loracompose import AdapterIndex, load_adapter
 from loracompose.cli import app
 from tests.engines import build_pool, tokenizer, write_jsonl
 from tests.tiny import base_model, relative_error
@@ -53,6 +53,17 @@ def test_adapters_are_listed_added_updated_and_removed(home, tmp_path):
     run("index", "add", tmp_path / "index", home / "pool" / "sums", "--update")
     assert len(read("index", "list", tmp_path / "index")) == 4
     assert read("index", "verify", tmp_path / "index") == {"ok": True, "problems": []}
+
+
+def test_an_index_stays_with_the_encoder_and_the_dtype_that_it_was_built_with(home, tmp_path):
+    run("index", "build", home / "pool", tmp_path / "index", "--encoder", ":bfloat16")
+    found = read("index", "search", tmp_path / "index", QUESTION, "-k", "1")[0]["found"]
+    assert found[0]["name"] == "sql"
+    opened = AdapterIndex.open(tmp_path / "index")
+    opened.search([QUESTION])
+    assert opened.embedder.dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"MiniLM-L6-v2:bfloat16' .*; their vectors do not compare"):
+        AdapterIndex.open(tmp_path / "index", embedder="sentence-transformers/all-MiniLM-L6-v2")
 
 
 def test_adding_and_removing_speak_json(home, tmp_path):

@@ -29,13 +29,19 @@ def build(
     copy: Annotated[bool, typer.Option("--copy", help="Copy the adapters into the index.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if an adapter cannot be taken.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Sentence encoder, a folder or a Hub name; NAME:bfloat16, or :bfloat16 for the default one."),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Build an index from a folder of adapters; status 1 if it holds none that can be indexed."""
     from loracompose import AdapterIndex
 
     quiet_loading()
-    made = AdapterIndex.build(adapters, index, copy=copy, strict=strict, overwrite=overwrite, progress=not as_json)
+    made = AdapterIndex.build(
+        adapters, index, embedder=encoder, copy=copy, strict=strict, overwrite=overwrite, progress=not as_json
+    )
     skipped = dict(made.report.skipped) if made.report else {}
     if as_json:
         tables.show_json({"index": str(index), "added": [card.name for card in made.cards], "skipped": skipped})

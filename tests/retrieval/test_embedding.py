@@ -68,6 +68,30 @@ def test_a_name_is_a_sentence_transformers_model_that_is_not_loaded_yet():
     assert as_embedder(None).name == "sentence-transformers/all-MiniLM-L6-v2"
 
 
+def test_a_dtype_is_part_of_the_encoders_name_and_float32_is_none(tmp_path):
+    half = as_embedder(":bfloat16")
+    assert (half.name, half.dtype) == ("sentence-transformers/all-MiniLM-L6-v2:bfloat16", "bfloat16")
+    assert as_embedder(half.name).name == half.name  # an index opens the encoder of its name
+    assert half.revision == as_embedder(None).revision
+    whole = as_embedder("no/such-model:float32")
+    assert (whole.name, whole.dtype) == ("no/such-model", "float32")
+    with pytest.raises(ValueError, match="'no/such-model:bf16' ends with 'bf16', expected a dtype: float32, bfloat16"):
+        as_embedder("no/such-model:bf16")
+    folder = tmp_path / "encoder:v2"
+    folder.mkdir()
+    assert as_embedder(str(folder)).name == str(folder)
+
+
+def test_an_encoder_in_bfloat16_runs_in_it_and_its_vectors_are_near():
+    texts = ["Is this review positive?", "Translate to French: the cat sleeps.", "2 + 2 ="]
+    half = SentenceTransformerEmbedder(":bfloat16")
+    near, exact = unit_vectors(half, texts), unit_vectors(SentenceTransformerEmbedder(), texts)
+    assert {str(parameter.dtype) for parameter in half._model.parameters()} == {"torch.bfloat16"}
+    cosines = (near * exact).sum(axis=1)
+    assert cosines.min() > 0.999
+    assert cosines.max() < 1 - 1e-7  # the same to rounding would mean that it ran in float32
+
+
 def test_the_representation_is_the_renormalised_mean_of_the_instructed_quarter():
     rows = np.array([[7, 7, 1, 0, 7, 7, 7, 7], [7, 7, 0, 1, 7, 7, 7, 7], [7, 7, 0, 1, 7, 7, 7, 7]], dtype=np.float32)
     assert np.allclose(representation(rows, "x"), np.array([1, 2]) / np.sqrt(5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from loracompose.benchmarks.speed.answers import measure as measure_answers
 from loracompose.benchmarks.speed.case import Case, make_adapters, write_adapters
 from loracompose.benchmarks.speed.composing import measure as measure_composing
 from loracompose.benchmarks.speed.figure import draw, draw_answers, draw_composing, draw_stream
-from loracompose.benchmarks.speed.measure import Setting, agree, measure, opened, token_ids
+from loracompose.benchmarks.speed.measure import Setting, agree, exact_logits, measure, opened, token_ids
 from loracompose.benchmarks.speed.published import Einsum, MergeAndRestore
 from loracompose.benchmarks.speed.rounds import Samples, compared, one_round, summary
 from loracompose.benchmarks.speed.stream import Stream, write_pool
@@ -98,6 +99,26 @@ def test_one_row_that_differs_is_enough_in_16_bits_too(base: BaseModel) -> None:
     assert agree([Given("ours", right), Given("near", near)], ids)["near"] < 0.02
     with pytest.raises(ArithmeticError, match="'wrong' differs from 'ours'"):
         agree([Given("ours", right), Given("wrong", wrong)], ids)
+
+
+def test_in_16_bits_ways_agree_in_float32_first_and_then_with_its_logits(base: BaseModel, monkeypatch) -> None:
+    half = replace(base, model=deepcopy(base.model).bfloat16(), dtype=torch.bfloat16)
+    ids = token_ids(half, CASE, 0)[:, : CASE.tokens + 1]
+    assert exact_logits(base, CASE, 0, DEFAULT, ids) is None
+    exact = exact_logits(half, CASE, 0, DEFAULT, ids)
+    assert {logits.dtype for logits in exact} == {torch.float32}
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+    with opened(half, CASE, 0, DEFAULT, slow=False) as ways:
+        assert 1e-4 < max(agree(ways, ids, exact).values()) < 0.03
+        with pytest.raises(ArithmeticError, match="'loracompose' differs from float32"):
+            agree(ways, ids, tuple(1.1 * logits for logits in exact))
+
+    right = Einsum._hook  # one weight in a hundred wrong: less than 16 bits show of it
+    monkeypatch.setattr(Einsum, "_hook", lambda self, A, B, weights: right(self, A, B, 1.01 * weights))
+    with opened(half, CASE, 0, DEFAULT, slow=False) as ways:
+        agree(ways, ids, exact)
+    with pytest.raises(ArithmeticError, match="\"LoraRetriever's einsum, mixture\" differs from 'loracompose'"):
+        exact_logits(half, CASE, 0, DEFAULT, ids)
 
 
 def test_merging_and_restoring_leaves_the_weights_bit_equal(base: BaseModel) -> None:

@@ -9,9 +9,10 @@ goes on where it was; take another WORK when tasks or adapters change. After all
 under every protocol, and the finalists on all rows; answers are shared. The second command makes report, README and
 documents anew from the results; it runs no model.
 
-What can run side by side does, in `--jobs` processes: what is trained, then the answers in shares of a few lines of a
-plan. What they print goes to WORK/logs. The plans themselves run alone at last, find every answer there, and take the
-times. How long everything took stands in leaderboard_run.json beside the results.
+What can run side by side does, in `--jobs` processes: what is trained, then the answers to a plan, in shares of a few
+lines. What they print goes to WORK/logs. The plan itself runs alone then, finds every answer there, takes the times and
+writes the results, before the next plan begins. How long it all took, in however many sittings, stands in
+leaderboard_run.json beside the results.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 
 from loracompose.durable import write_whole
+from loracompose.marked import fill
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -40,6 +43,8 @@ PLANS = ("leaderboard", "finalists", "all_rows")  # FILE.toml here is what is as
 SCRIPT = [sys.executable]
 COMMAND = [*SCRIPT, "-c", "from loracompose.cli import app; app()"]
 STEPS = 96  # of 8 rows, of every router
+RUN = "leaderboard_run.json"  # beside the results
+GUIDE = ROOT / "docs" / "which_method.md"
 SHARE = 3  # lines of a plan that one process answers: each pays for loading the model and for retrieval
 POLL = 0.5  # seconds
 
@@ -69,11 +74,19 @@ class Took:
     seconds: float
 
 
+Keep = Callable[[Took], None]
+
+
 def learned(routers: Path, multi: Path, weights: Path) -> list[str]:
     """The lines of what was trained, for `loracompose eval run -x`."""
-    lines = [f"adapter path={multi} label=multi_task", f"lorahub weights={weights}"]
-    lines += [f"{name} router={routers / name}" for name in ON_BOTH]
-    return lines + [f"{name} weighting=uniform router={routers / name}" for name in (*ON_BOTH, *ON_EQUAL)]
+    lines = [f"adapter {word('path', multi)} label=multi_task", f"lorahub {word('weights', weights)}"]
+    lines += [f"{name} {word('router', routers / name)}" for name in ON_BOTH]
+    return lines + [f"{name} weighting=uniform {word('router', routers / name)}" for name in (*ON_BOTH, *ON_EQUAL)]
+
+
+def word(key: str, file: Path) -> str:
+    """A file in a line, whatever blanks its name has."""
+    return shlex.quote(f"{key}={file}")
 
 
 def indexed(work: Path, adapters: Path) -> list[Step]:
@@ -99,7 +112,8 @@ def trained(work: Path, tasks: Path, adapters: Path, dtype: str) -> list[Step]:
 
 def finalists(routers: Path, multi: Path) -> list[str]:
     """Those of the learned lines that are asked under every protocol and on all rows."""
-    return [f"adapter path={multi} label=multi_task", f"lora_flow weighting=uniform router={routers / 'lora_flow'}"]
+    flow = word("router", routers / "lora_flow")
+    return [f"adapter {word('path', multi)} label=multi_task", f"lora_flow weighting=uniform {flow}"]
 
 
 def more(plan: str, work: Path) -> list[str]:
@@ -115,14 +129,11 @@ def answering(work: Path, tasks: Path, dtype: str, plan: Path, output: Path, row
     return command if rows is None else [*command, "-n", str(rows)]
 
 
-def asked(work: Path, tasks: Path, dtype: str, results: Path, rows: int | None) -> list[Step]:
-    """The steps that answer and score, a plan each; times are taken with the first."""
-    steps = []
-    for plan in PLANS:
-        command = answering(work, tasks, dtype, HERE / f"{plan}.toml", results / f"{plan}.json", rows)
-        timed = [] if plan == PLANS[0] else ["--timed-rows", "0"]
-        steps.append(Step(plan, [*command, *timed, *(word for line in more(plan, work) for word in ("-x", line))]))
-    return steps
+def asked(plan: str, work: Path, tasks: Path, dtype: str, results: Path, rows: int | None) -> Step:
+    """The step that scores a plan, and answers what no share of it has; times are taken with the first plan."""
+    command = answering(work, tasks, dtype, HERE / f"{plan}.toml", results / f"{plan}.json", rows)
+    timed = [] if plan == PLANS[0] else ["--timed-rows", "0"]
+    return Step(plan, [*command, *timed, *(word for line in more(plan, work) for word in ("-x", line))])
 
 
 def shares(plan: str, work: Path, tasks: Path, dtype: str, rows: int | None) -> list[Step]:
@@ -137,7 +148,9 @@ def shares(plan: str, work: Path, tasks: Path, dtype: str, rows: int | None) -> 
         file.parent.mkdir(parents=True, exist_ok=True)
         # Every count-th line, for neighbours are alike: the slow ones would all be one's.
         content = {**said, "methods": lines[place::count]}
-        write_whole(file, "".join(f"{key} = {json.dumps(value)}\n" for key, value in content.items()))
+        write_whole(
+            file, "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in content.items())
+        )
         command = answering(work, tasks, dtype, file, file.with_suffix(".json"), rows)
         steps.append(Step(name, [*command, "--timed-rows", "0"]))
     return steps
@@ -148,7 +161,7 @@ def reported(results: Path, work: Path) -> list[Step]:
     first, *others = PLANS
     table = results / f"{first}.json"
     page = ["--html", str(work / f"{first}.html"), "--readme", str(ROOT / "README.md")]
-    curves = ["--curves", str(RESULTS / "sensitivity.json"), "--guide", str(ROOT / "docs" / "which_method.md")]
+    curves = ["--curves", str(RESULTS / "sensitivity.json"), "--guide", str(GUIDE)]
     report = [*COMMAND, "eval", "report"]
     protocols = ["--readme", str(ROOT / "docs" / "protocols.md")]
     return [
@@ -161,45 +174,59 @@ def reported(results: Path, work: Path) -> list[Step]:
     ]
 
 
+def told(record: Mapping[str, Any]) -> str:
+    """How long a run took, for the page that says how to make it again."""
+    sittings = record["sittings"]
+    kinds: dict[str, float] = {}
+    for step in (step for sitting in sittings for step in sitting["steps"]):
+        kind = "answers" if "-of-" in step["name"] else "scores and times" if step["name"] in PLANS else "what learns"
+        kinds["index" if step["name"] == "index" else kind] = kinds.get(kind, 0.0) + step["seconds"]
+    minutes = sum(sitting["seconds"] for sitting in sittings) / 60
+    parts = ", ".join(f"{kind} {seconds / 60:.0f}" for kind, seconds in kinds.items())
+    machine = f"{sittings[-1]['jobs']} processes at once on {sittings[-1]['cores']} cores"
+    count = "one sitting" if len(sittings) == 1 else f"{len(sittings)} sittings"
+    return (
+        f"The first command took {minutes:.0f} minutes in {count}, {machine}; minutes of its processes, added up: "
+        f"{parts} ([{RUN}](../benchmarks/results/{RUN}))."
+    )
+
+
 def shown(step: Step) -> str:
     """A step as one would type it."""
     return " ".join(f'"{word}"' if " " in word else word for word in step.command)
 
 
-def run(steps: Sequence[Step]) -> list[Took]:
+def run(steps: Sequence[Step], keep: Keep = lambda took: None) -> None:
     """One after the other, their output on the terminal; the first that fails ends it with its status."""
-    took = []
     for step in steps:
         Console(soft_wrap=True).print(shown(step), markup=False, highlight=False)
         start = time.monotonic()
         if status := subprocess.run(step.command, check=False).returncode:
             raise SystemExit(status)
-        took.append(Took(step.name, time.monotonic() - start))
-    return took
+        keep(Took(step.name, time.monotonic() - start))
 
 
-def run_beside(steps: Sequence[Step], jobs: int, logs: Path) -> list[Took]:
+def run_beside(steps: Sequence[Step], jobs: int, logs: Path, keep: Keep = lambda took: None) -> None:
     """So many at once, their output in a file each; the first that fails ends all with its status."""
     out = Console(soft_wrap=True)
     logs.mkdir(parents=True, exist_ok=True)
     # Several threads of several processes would wait for one another.
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    took: list[Took] = []
-    waiting = list(steps)
+    waiting, ended = list(steps), 0
     with running(environment, logs) as processes:
         while waiting or processes.current:
             while waiting and len(processes.current) < jobs:
                 processes.start(waiting.pop(0))
             for step, seconds, status in processes.ended():
-                took.append(Took(step.name, seconds))
-                out.print(f"{len(took)} of {len(steps)}: {step.name}, {seconds:.0f} s", highlight=False)
+                ended += 1
+                out.print(f"{ended} of {len(steps)}: {step.name}, {seconds:.0f} s", highlight=False)
                 if status:
                     log = logs / f"{step.name}.txt"
                     out.print(f"{shown(step)}\nended with {status}; {log} ends with", markup=False, highlight=False)
                     out.print(log.read_text(encoding="utf-8")[-2000:], markup=False, highlight=False)
                     raise SystemExit(status)
+                keep(Took(step.name, seconds))
             time.sleep(POLL)
-    return took
 
 
 class Processes:
@@ -252,44 +279,70 @@ def main() -> None:
     parser.add_argument("-n", "--rows", type=int, help="of a task; those of the plan if not given")
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
     parser.add_argument("--dtype", default="bfloat16", help="of the base model")
+    parser.add_argument("--only", nargs="+", choices=PLANS, default=PLANS, help="plans; all if not given")
     parser.add_argument("--report", action="store_true", help="only from the results that are there")
     parser.add_argument("--list", action="store_true", help="show the commands and stop")
     given = parser.parse_args()
     if given.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {given.jobs}")
     given.work.mkdir(parents=True, exist_ok=True)
-    if given.report:
-        stages = [reported(given.output, given.work)]
-    else:
-        stages = [
-            indexed(given.work, given.adapters),
-            trained(given.work, given.tasks, given.adapters, given.dtype),
-            *(shares(plan, given.work, given.tasks, given.dtype, given.rows) for plan in PLANS),
-            asked(given.work, given.tasks, given.dtype, given.output, given.rows),
-        ]
+    stages = staged(given)
     if given.list:
-        for step in (step for stage in stages for step in stage):
+        for step in [*reported(given.output, given.work)] if given.report else (s for stage in stages for s in stage):
             Console(soft_wrap=True).print(shown(step), markup=False, highlight=False)
     elif given.report:
-        run(stages[0])
+        report(given.output, given.work)
     else:
         carry_out(stages, given.jobs, given.work, given.output)
 
 
+def staged(given: argparse.Namespace) -> list[list[Step]]:
+    """What waits for what: the steps of a stage need nothing of one another."""
+    stages = [
+        indexed(given.work, given.adapters),
+        trained(given.work, given.tasks, given.adapters, given.dtype),
+    ]
+    for plan in given.only:
+        stages.append(shares(plan, given.work, given.tasks, given.dtype, given.rows))
+        stages.append([asked(plan, given.work, given.tasks, given.dtype, given.output, given.rows)])
+    return stages
+
+
+def report(output: Path, work: Path) -> None:
+    """Make everything anew that is made from the results."""
+    run(reported(output, work))
+    if (output / RUN).exists():
+        record = json.loads((output / RUN).read_text(encoding="utf-8"))
+        write_whole(GUIDE, fill(GUIDE.read_text(encoding="utf-8"), {"run": told(record)}))
+
+
 def carry_out(stages: Sequence[Sequence[Step]], jobs: int, work: Path, output: Path) -> None:
-    """The index alone, then what can run side by side, then the plans alone; and how long all that took."""
-    first, *beside, last = stages
-    resumed = (work / "logs").exists()
+    """Stage by stage; a step alone has all threads. How long all took goes to WORK, and to the output at last."""
+    kept = work / RUN
+    before = json.loads(kept.read_text(encoding="utf-8"))["sittings"] if kept.exists() else []
+    now: dict[str, Any] = {"seconds": 0, "jobs": jobs, "cores": os.cpu_count(), "steps": []}
     start = time.monotonic()
-    took = run(first)
-    for stage in beside:
-        took += run_beside(stage, jobs, work / "logs")
-    took += run(last)
-    seconds = time.monotonic() - start
-    steps = [{**asdict(one), "seconds": round(one.seconds)} for one in took]
-    record = {"seconds": round(seconds), "resumed": resumed, "jobs": jobs, "cores": os.cpu_count(), "steps": steps}
-    write_whole(output / "leaderboard_run.json", json.dumps(record, indent=1) + "\n")
-    Console().print(f"{seconds / 60:.0f} minutes, {len(steps)} steps, {jobs} at once", highlight=False)
+
+    def save() -> None:
+        now["seconds"] = round(time.monotonic() - start)
+        write_whole(kept, json.dumps({"sittings": [*before, now]}, indent=1) + "\n")
+
+    def keep(took: Took) -> None:
+        now["steps"].append({"name": took.name, "seconds": round(took.seconds)})
+        save()
+
+    try:
+        for stage in stages:
+            if len(stage) == 1:
+                run(stage, keep)
+            else:
+                run_beside(stage, jobs, work / "logs", keep)
+    finally:  # an interrupt counts what its unfinished steps took: their answers are kept as well
+        save()
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / RUN, kept.read_text(encoding="utf-8"))
+    minutes = sum(sitting["seconds"] for sitting in [*before, now]) / 60
+    Console().print(f"{minutes:.0f} minutes, {len(before) + 1} sittings, {jobs} at once", highlight=False)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from loracompose import AdapterIndex, load_adapter
 from loracompose.cli import app
+from loracompose.cli.generating import read_prompts
 from tests.engines import build_pool, tokenizer, write_jsonl
 from tests.tiny import base_model, relative_error
 
@@ -64,6 +65,24 @@ def test_an_index_stays_with_the_encoder_and_the_dtype_that_it_was_built_with(ho
     assert opened.embedder.dtype == "bfloat16"
     with pytest.raises(ValueError, match=r"MiniLM-L6-v2:bfloat16' .*; their vectors do not compare"):
         AdapterIndex.open(tmp_path / "index", embedder="sentence-transformers/all-MiniLM-L6-v2")
+
+
+def test_a_prompt_may_hold_any_character_of_json(tmp_path):
+    prompts = ["one\u2028line", "and\x85another", "plain"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p}, ensure_ascii=False) + "\r\n" for p in prompts), newline="")
+    assert read_prompts(file) == prompts
+
+
+def test_an_adapter_behind_a_link_is_updated_by_the_name_of_the_link_and_its_tags_are_plain_text(home, tmp_path):
+    shutil.copytree(home / "pool" / "sums", tmp_path / "elsewhere" / "sums-v2")
+    card = tmp_path / "elsewhere" / "sums-v2" / "card.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "tags": ["[/x]", "[en]"]}))
+    (tmp_path / "sums").symlink_to(tmp_path / "elsewhere" / "sums-v2")
+    run("index", "build", home / "pool", tmp_path / "index")
+    run("index", "add", tmp_path / "index", tmp_path / "sums", "--update")
+    assert len(read("index", "list", tmp_path / "index")) == 4
+    assert "[en]" in run("index", "list", tmp_path / "index").stdout
 
 
 def test_adding_and_removing_speak_json(home, tmp_path):

@@ -39,6 +39,7 @@ def crash(
         task = progress.add_task("killing", total=kills)
         report = crash_test(kills, seed, by_clock=by_clock, tick=lambda: progress.advance(task))
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, json.dumps(report.as_dict(), indent=2) + "\n")
     if as_json:
         tables.show_json(report.as_dict())
@@ -107,6 +108,7 @@ def scale(
         pools.append(pool)
         result = result_of(pools, output)
         if output is not None:  # after each size, for the next takes long
+            output.parent.mkdir(parents=True, exist_ok=True)
             write_whole(output, json.dumps(result, indent=1) + "\n")
     if figure is not None:
         draw(result, figure)

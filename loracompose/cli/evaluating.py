@@ -136,7 +136,7 @@ def run(
         timed_rows=timed_rows,
     )
     shots, validation = (
-        read_tasks(tasks, other) if tasks.is_dir() and list(tasks.glob(f"*.{other}.jsonl")) else ()
+        read_tasks(tasks, other) if other != split and tasks.is_dir() and list(tasks.glob(f"*.{other}.jsonl")) else ()
         for other in ("train", "dev")
     )
     kept = cache or output.with_suffix(".answers.sqlite")

@@ -112,7 +112,7 @@ def read_prompts(file: Path) -> list[Any]:
         ValueError: a line that is no JSON object with a "prompt"; the message names it.
     """
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):  # JSON may hold U+2028
         if not line.strip():
             continue
         try:

@@ -69,12 +69,14 @@ def add(
 ) -> None:
     """Add adapters to an index."""
     from loracompose import AdapterIndex
+    from loracompose.retrieval.admission import absolute
 
     quiet_loading()
     opened = AdapterIndex.open(index)
     cards = []
     for folder in adapters:
-        card = opened.update(folder) if update and folder.resolve().name in opened else opened.add(folder)
+        known = absolute(folder).name in opened
+        card = opened.update(folder) if update and known else opened.add(folder)
         cards.append(card)
         if not as_json:
             tables.console().print(
@@ -157,7 +159,9 @@ def list_adapters(index: Folder, as_json: options.AsJson = False) -> None:
     if as_json:
         tables.show_json([{"name": c.name, "description": c.description, "tags": list(c.tags)} for c in cards])
         return
-    rows = [(escape(c.name), ", ".join(c.tags), c.license, c.fingerprint[:12], escape(c.description)) for c in cards]
+    rows = [
+        (*map(escape, (c.name, ", ".join(c.tags), c.license)), c.fingerprint[:12], escape(c.description)) for c in cards
+    ]
     heads = ("adapter", "tags", "license", "fingerprint", "description")
     tables.console().print(tables.table(f"{len(cards)} adapters", heads, rows))
 

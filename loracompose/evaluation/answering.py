@@ -31,12 +31,13 @@ ADDING = (Selection, Mixture, Linear, Fusion)
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One question to answer: its key in the cache and the longest answer in tokens."""
+    """One question to answer: its key in the cache, the longest answer in tokens, and who the adapters were."""
 
     key: str
     question: Question
     budget: int
     task: str
+    fingerprints: frozenset[str]
 
 
 class RowBudget(StoppingCriteria):  # type: ignore[misc]
@@ -104,7 +105,7 @@ class Answerer:
             asked, name = plainly(question, composer)
             members = [(self._fingerprint(ref), weight) for ref, weight in asked.adapters.items()]
             key = question_key(self.base, asked.prompt, members, name, decoding)
-            jobs.append(Job(key, asked, budget, row.task))
+            jobs.append(Job(key, asked, budget, row.task, frozenset(fingerprint for fingerprint, _ in members)))
         return jobs
 
     def missing(self, jobs: Sequence[Job | None]) -> list[Job]:
@@ -120,6 +121,9 @@ class Answerer:
             composer: of all of them.
             mixed: whether batches follow the order given, or rows of a kind run together.
             done: told the number of answers after each batch.
+
+        Raises:
+            RuntimeError: an adapter is no longer what it was when the jobs were made; nothing of its batch is kept.
         """
         for batch in batches(jobs, self.batch_size, mixed):
             generations = self.engine.generate(
@@ -130,14 +134,19 @@ class Answerer:
                 batch_size=len(batch),
                 stopping_criteria=StoppingCriteriaList([RowBudget([job.budget for job in batch])]),
             )
-            found = zip(batch, generations, strict=True)
-            self.cache.put({job.key: self._answer(generation) for job, generation in found})
+            answers: dict[str, Answer] = {}
+            for job, generation in zip(batch, generations, strict=True):
+                check_unchanged(job, generation)
+                answers[job.key] = self._answer(generation)
+            self.cache.put(answers)
             done(len(batch))
 
     def seconds(self, jobs: Sequence[Job | None], composer: Composer, rows: int) -> float | None:
-        """Seconds a prompt to load, compose and generate one batch of the first rows, the faster of two times.
+        """Seconds a prompt to answer one batch of the first rows, the faster of two times.
 
-        Every answer has `TIMED_TOKENS` tokens, so a method that talks more does not look slower. Nothing is kept.
+        Adapters have been read and sets composed before, as for prompts of a kind that was asked already; what a new
+        set costs is measured by `loracompose bench composing`. Every answer has `TIMED_TOKENS` tokens, so a method
+        that talks more does not look slower. Nothing is kept.
 
         Args:
             jobs: of a method.
@@ -148,7 +157,7 @@ class Answerer:
         if not batch:
             return None
         times = []
-        for _ in range(2):  # the first also reads adapters and warms up
+        for _ in range(2):  # the first also reads adapters, composes and warms up
             start = time.perf_counter()
             self.engine.generate(
                 [job.question.prompt for job in batch],
@@ -180,15 +189,30 @@ def plainly(question: Question, composer: Composer) -> tuple[Question, str]:
 
     A selection is its winner at full strength, however it was weighed; which of equals wins is left to the composer.
     And one adapter at weight 1 is that adapter for every composer that only adds: the oracle's question where
-    retrieval is right and sure.
+    retrieval is right and sure. A rank that is given may be less than the adapter's, and makes another one of it.
     """
     asked = question
     if isinstance(composer, Selection) and question.adapters:
         best = max(question.adapters.values())
         winners = [ref for ref, weight in question.adapters.items() if weight == best]
         asked = Question(question.prompt, {winners[0]: 1.0}) if len(winners) == 1 else question
-    alone = isinstance(composer, ADDING) and list(asked.adapters.values()) == [1.0]
+    cuts = isinstance(composer, Linear) and composer.rank is not None
+    alone = isinstance(composer, ADDING) and not cuts and list(asked.adapters.values()) == [1.0]
     return asked, repr(Mixture() if alone else composer)
+
+
+def check_unchanged(job: Job, generation: Generation) -> None:
+    """Refuse an answer of other adapters than the job's key names.
+
+    Raises:
+        RuntimeError: an adapter was changed while the evaluation ran.
+    """
+    for use in generation.adapters:
+        if use.fingerprint not in job.fingerprints:
+            raise RuntimeError(
+                f"adapter {use.name!r} is now {use.fingerprint[:12]}, and was another when this evaluation began: "
+                "somebody changed it in the index; run the evaluation again"
+            )
 
 
 def batches(jobs: Sequence[Job], size: int, mixed: bool) -> Iterator[list[Job]]:

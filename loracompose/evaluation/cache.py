@@ -120,11 +120,19 @@ def question_key(
 def base_identity(base: BaseModel) -> str:
     """Identity of a base model, 24 hexadecimal digits.
 
-    Over its name, dtype, chat template and evenly spaced values of every parameter: all of them would take a minute
-    for a large model.
+    Over its name, dtype, kind of device, chat template, tokenizer, settings of generation and evenly spaced values of
+    every parameter: all of them would take a minute for a large model.
     """
     template = getattr(base.tokenizer, "chat_template", None)
-    digest = hashlib.sha256(f"{base.name} {base.dtype} {template}".encode())
+    digest = hashlib.sha256(f"{base.name} {base.dtype} {base.device.type} {template}".encode())
+    settings = getattr(base.model, "generation_config", None)
+    if settings is not None:
+        digest.update(settings.to_json_string().encode())
+    backend = getattr(base.tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        said = json.loads(backend.to_str())
+        said["padding"] = said["truncation"] = None  # which every call sets anew
+        digest.update(json.dumps(said).encode())
     for name, parameter in sorted(base.model.named_parameters()):
         values = parameter.detach().flatten()
         step = max(1, len(values) // VALUES_PER_PARAMETER)

@@ -104,12 +104,14 @@ def setting(results: Results, summaries: Sequence[Summary]) -> str:
 
 def choice(summary: Summary) -> str:
     """A protocol's best method, those that cannot be told from it, and the least of these."""
-    lines = [line for line in summary.lines if line.label not in REFERENCES]
+    lines = [line for line in summary.lines if line.label.split()[0] not in REFERENCES]
+    known = PROTOCOLS.get(summary.name)
+    heading = f"- **{summary.name}**{f' ({known.question})' if known else ''}: "
+    if not lines:
+        return f"{heading}nothing but references was asked."
     best = lines[0]
     alike = [best, *(line for line in lines[1:] if not _apart(summary, best.label, line.label))]
     least = min(alike, key=_cost)
-    known = PROTOCOLS.get(summary.name)
-    heading = f"- **{summary.name}**{f' ({known.question})' if known else ''}: "
     said = [f"best is `{best.label}`, {interval(best.score)}"]
     others = [f"`{line.label}`" for line in alike[1:]]
     said.append(f"not told apart from it: {', '.join(others)}" if others else "every other method is behind it")

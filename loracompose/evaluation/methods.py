@@ -211,7 +211,12 @@ class Composed:
     temperature: float | None = None
 
     def questions(self, situation: Situation) -> list[Question | None]:
-        """Members of weight 0, or of less than `LEAST` of the largest, are left out; the others keep their sum."""
+        """Members of weight 0, or of less than `LEAST` of the largest, are left out; the others keep their sum.
+
+        Where the protocol leaves nobody to any row, all go to the base model.
+        """
+        if not situation.found.best.cards:
+            return [Question(row.prompt, {}) for row in situation.rows]
         weights = situation.found.weights(self.k, self.weighting, self.temperature).double()
         total = weights.sum(dim=1, keepdim=True)
         kept = weights * (weights > LEAST * weights.amax(dim=1, keepdim=True))

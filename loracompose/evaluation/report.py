@@ -34,7 +34,7 @@ intervals of a bootstrap that draws rows anew within each task, the same rows fo
 the base model, 100 the row's own adapter. <i>hit</i> and <i>miss</i>: mean over the rows whose own adapter was, or was
 not, found first, so that errors of retrieval and of composition can be told apart. <i>beats</i>, <i>loses to</i>: the
 number of methods that differ by more than the paired interval. All methods of a protocol get the same retrieved sets.
-<i>ms a prompt</i>: loading, composing and 16 tokens in one batch, where methods were timed.
+<i>ms a prompt</i>: 16 tokens in one batch, adapters read and sets composed before, where methods were timed.
 <i>MB added</i>: the ranks that ran for a prompt beside the base model, and what the composer has learned.</p>"""
 
 

@@ -32,7 +32,8 @@ class MethodResult:
         label: its name.
         composer: repr of the composer; "" for the base model alone.
         scores: in [0, 100], one a row; None where the method is not defined.
-        ms: milliseconds a prompt at a fixed length, composing included, retrieval not; None if it was not timed.
+        ms: milliseconds a prompt at a fixed length, adapters read and sets composed before, without retrieval; None if
+            it was not timed.
         added_bytes: mean bytes a prompt of the ranks that ran beside the base model, and of what the composer learned.
     """
 

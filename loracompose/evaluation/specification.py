@@ -91,7 +91,12 @@ def _baseline(kind: type[Any], given: Mapping[str, Any], line: str) -> Method:
     if kind is OneAdapter and "path" not in given:
         raise ValueError(f"{line!r}: say which, path=FOLDER")
     files = {key: Path(str(given[key])) for key in FILES if key in given}
-    method: Method = kind(**{"label": _label(shlex.split(line)), **given, **files})
+    label = str(given.get("label", _label(shlex.split(line))))
+    if kind in (Base, Oracle) and label != kind().label:
+        raise ValueError(
+            f"{line!r}: {kind().label!r} keeps its name, for scores are normalised by it; leave label= out"
+        )
+    method: Method = kind(**{**given, **files, "label": label})
     return method
 
 

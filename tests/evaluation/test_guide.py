@@ -60,6 +60,12 @@ def scored(results, **by_label):
 NOISE = [40.0, 60.0, 60.0, 40.0]
 
 
+def test_references_with_settings_are_references_and_alone_they_are_no_choice():
+    only = summarise(made_results(("base", "oracle", "few_shot shots=5", "random seed=1")).protocols[0])
+    assert choice(only).endswith("nothing but references was asked.")
+    assert "`mixture`" in choice(summarise(made_results(("base", "oracle", "mixture", "random seed=1")).protocols[0]))
+
+
 def test_the_best_is_named_with_those_that_cannot_be_told_from_it_and_the_cheapest_of_them(results):
     summary = scored(results, base=10, oracle=90, selection=[39.0, 61.0, 61.0, 39.0], mixture=NOISE, lora_flow=20)
     said = choice(summary)

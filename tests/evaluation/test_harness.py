@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from loracompose import running
+from loracompose import AdapterIndex, running
 from loracompose.composers.base import Pool
 from loracompose.composers.fusion import Fusion
 from loracompose.composers.linear import Linear
@@ -24,6 +25,8 @@ from loracompose.evaluation.methods import Question
 from loracompose.evaluation.protocols import PROTOCOLS
 from loracompose.evaluation.specification import parse_methods
 from tests.evaluation.material import CLUSTERS, build_engine, solved_rows, task_rows
+from tests.retrieval.material import TASKS
+from tests.tiny import peft_adapter
 
 METHODS = (
     "base",
@@ -127,6 +130,7 @@ def test_a_selection_costs_nothing_where_its_winner_was_asked_before_and_scores_
     assert found[flat].scores == found["mixture k=1"].scores
     assert found[flat].composer == "Selection()"
     assert asked("rank_gating k=1 set.m=1")[0] == alone + 8  # which is not what it is alone
+    assert asked("linear k=1 set.rank=1")[0] == alone + 8  # which cuts the adapter
     assert asked("selection weighting=uniform")[0] == alone + 8  # which of equals wins, only the composer knows
 
 
@@ -141,6 +145,36 @@ def test_one_adapter_alone_composes_to_what_its_answer_is_kept_as(engine, compos
             assert one.gate is None
         got, want = ((d.B * d.weights) @ d.A for d in (delta, plain))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_changed_during_a_run_ends_it_and_no_answer_is_kept_under_its_old_name(tmp_path, monkeypatch):
+    answers = harness._run
+
+    def meanwhile(*given):
+        shutil.rmtree(tmp_path / "pool" / "sql")
+        peft_adapter(tmp_path / "pool", "sql", seed=77, scale=3.0, examples=TASKS["sql"], r=4)
+        with AdapterIndex.open(tmp_path / "index", embedder=engine.index.embedder) as theirs:
+            theirs.update(tmp_path / "pool" / "sql")
+        answers(*given)
+
+    with build_engine(tmp_path) as engine:
+        monkeypatch.setattr(harness, "_run", meanwhile)
+        asked = replace(plan(["oracle"], ["in-domain"]), tasks=("sql",))
+        with pytest.raises(RuntimeError, match=r"adapter 'sql' is now .* run the evaluation again"):
+            run(engine, tmp_path, asked)
+        with AnswerCache(tmp_path / "kept.sqlite") as cache:
+            assert len(cache) == 2  # of the base alone
+
+
+@pytest.mark.parametrize("weighting", ["posterior", "uniform", "softmax temperature=1", "cautious", "top1"])
+def test_where_a_protocol_leaves_no_adapter_to_any_row_the_base_answers(tmp_path, weighting):
+    with build_engine(tmp_path) as engine:
+        for name in ("french", "mood", "sums"):
+            engine.index.remove(name)
+        asked = replace(plan([f"mixture weighting={weighting}"], ["masked"]), tasks=("sql",))
+        (found,) = run(engine, tmp_path, asked).protocols
+    scores = {method.label: method.scores for method in found.methods}
+    assert scores[f"mixture weighting={weighting}"] == scores["base"]
 
 
 def test_methods_use_what_the_protocol_leaves_them(engine, tmp_path, monkeypatch):
@@ -270,7 +304,7 @@ def test_rows_of_different_budgets_share_a_batch(engine, tmp_path, monkeypatch):
 
 
 def test_short_answers_do_not_wait_for_long_ones_except_in_the_mixed_stream():
-    jobs = [Job(str(i), Question("p"), budget, "t") for i, budget in enumerate((90, 9, 40, 10, 18, 19))]
+    jobs = [Job(str(i), Question("p"), budget, "t", frozenset()) for i, budget in enumerate((90, 9, 40, 10, 18, 19))]
 
     def budgets(size, mixed):
         return [[job.budget for job in batch] for batch in batches(jobs, size, mixed)]

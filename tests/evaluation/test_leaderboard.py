@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
+import shlex
 import sys
 import tomllib
 from itertools import pairwise
@@ -35,6 +37,10 @@ def lines(leaderboard):
     return [*plan["methods"], *leaderboard.learned(Path("routers"), Path("multi"), Path("weights"))], plan
 
 
+def whole(leaderboard, plan, work=Path("work"), rows=None):
+    return leaderboard.asked(plan, work, Path("tasks"), "bfloat16", Path("results"), rows)
+
+
 def test_every_composer_and_every_baseline_is_asked(leaderboard):
     asked, plan = lines(leaderboard)
     assert {line.split()[0] for line in asked} == {*COMPOSERS, *BASELINES, "lorauter"}
@@ -49,9 +55,15 @@ def test_every_method_that_learns_is_asked_with_its_router_and_no_other(leaderbo
     assert with_router == {name for name, kind in COMPOSERS.items() if hasattr(kind, "initial")}
 
 
+def test_folders_with_blanks_in_their_names_are_one_word_of_a_line(leaderboard):
+    folder = Path("my work")
+    for line in leaderboard.more(leaderboard.PLANS[0], folder):
+        (file,) = (word for word in shlex.split(line) if "my work" in word)
+        assert Path(file.partition("=")[2]).parts[0] == "my work"
+
+
 def test_the_finalists_are_asked_under_every_protocol_and_on_all_rows_from_the_same_answers(leaderboard):
-    steps = leaderboard.asked(Path("work"), Path("tasks"), "bfloat16", Path("results"), None)
-    first, finalists, all_rows = (step.command for step in steps)
+    first, finalists, all_rows = (whole(leaderboard, plan).command for plan in leaderboard.PLANS)
     plans = [Path(command[command.index("--plan") + 1]) for command in (first, finalists, all_rows)]
     _, under_every, on_all = (tomllib.loads(plan.read_text()) for plan in plans)
     assert {get_protocol(name).name for name in under_every["protocols"]} == set(PROTOCOLS)
@@ -62,27 +74,25 @@ def test_the_finalists_are_asked_under_every_protocol_and_on_all_rows_from_the_s
         assert set(plan["methods"]) <= set(methods)
         assert {word for word in command if "router=" in word or "path=" in word} <= learned
         assert command[command.index("--cache") + 1] == first[first.index("--cache") + 1]
-    few = leaderboard.asked(Path("work"), Path("tasks"), "bfloat16", Path("results"), 1)
-    assert all(step.command[step.command.index("-n") + 1] == "1" for step in few)
+    for plan in leaderboard.PLANS:
+        few = whole(leaderboard, plan, rows=1).command
+        assert few[few.index("-n") + 1] == "1"
 
 
 def test_the_shares_of_a_plan_are_its_lines_each_once_and_otherwise_the_plan(leaderboard, tmp_path):
-    for plan, whole in zip(
-        leaderboard.PLANS,
-        leaderboard.asked(tmp_path, Path("tasks"), "bfloat16", tmp_path / "results", None),
-        strict=True,
-    ):
+    for plan in leaderboard.PLANS:
+        command = whole(leaderboard, plan, work=tmp_path).command
         said = tomllib.loads((BENCHMARKS / f"{plan}.toml").read_text())
-        added = [word for before, word in pairwise(whole.command) if before == "-x"]
+        added = [word for before, word in pairwise(command) if before == "-x"]
         steps = leaderboard.shares(plan, tmp_path, Path("tasks"), "bfloat16", None)
         files = [Path(step.command[step.command.index("--plan") + 1]) for step in steps]
         shares = [read_plan(file) for file in files]
         assert sorted(line for share in shares for line in share["methods"]) == sorted([*said["methods"], *added])
         assert all(1 <= len(share["methods"]) <= leaderboard.SHARE for share in shares)
         assert all({**share, "methods": said["methods"]} == said for share in shares)
-        caches = {command[command.index("--cache") + 1] for command in [whole.command, *(s.command for s in steps)]}
-        assert caches == {str(tmp_path / "answers.sqlite")}
-        outputs = {command[command.index("-o") + 1] for command in [whole.command, *(s.command for s in steps)]}
+        commands = [command, *(step.command for step in steps)]
+        assert {words[words.index("--cache") + 1] for words in commands} == {str(tmp_path / "answers.sqlite")}
+        outputs = {words[words.index("-o") + 1] for words in commands}
         assert len(outputs) == len(steps) + 1  # no share writes over the results
 
 
@@ -116,7 +126,9 @@ def test_the_first_command_that_fails_ends_the_run_with_its_status(leaderboard, 
         leaderboard.run([fails, writes])
     assert ended.value.code == 3
     assert not (tmp_path / "ran").exists()
-    assert [took.name for took in leaderboard.run([writes])] == ["writes"]
+    took = []
+    leaderboard.run([writes], took.append)
+    assert [one.name for one in took] == ["writes"]
     assert (tmp_path / "ran").exists()
 
 
@@ -124,7 +136,8 @@ def test_steps_side_by_side_share_the_cores_and_each_has_its_log(leaderboard, tm
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     says = "import os, sys; print(sys.argv[1], os.environ['OMP_NUM_THREADS'])"
     steps = [leaderboard.Step(name, [sys.executable, "-c", says, name]) for name in "abc"]
-    took = leaderboard.run_beside(steps, 2, tmp_path)
+    took = []
+    leaderboard.run_beside(steps, 2, tmp_path, took.append)
     assert {one.name for one in took} == set("abc")
     assert all(one.seconds > 0 for one in took)
     assert [(tmp_path / f"{name}.txt").read_text() for name in "abc"] == ["a 4\n", "b 4\n", "c 4\n"]
@@ -143,10 +156,32 @@ def test_a_step_that_fails_ends_those_beside_it_and_shows_its_log(leaderboard, t
             os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_how_long_a_run_took_is_kept_and_whether_it_began_from_nothing(leaderboard, tmp_path):
-    stages = [[leaderboard.Step(name, [sys.executable, "-c", ""])] for name in ("index", "trained", "asked")]
-    for resumed in (False, True):
-        leaderboard.carry_out(stages, 2, tmp_path / "work", tmp_path)
-        record = json.loads((tmp_path / "leaderboard_run.json").read_text())
-        assert [step["name"] for step in record["steps"]] == ["index", "trained", "asked"]
-        assert record["resumed"] is resumed
+def test_how_long_a_run_took_is_kept_over_its_sittings(leaderboard, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    index, learns, asked = (leaderboard.Step(name, [sys.executable, "-c", ""]) for name in ("index", "mole", "asked"))
+    fails = leaderboard.Step("fails", [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(SystemExit):
+        leaderboard.carry_out([[index], [fails]], 2, work, tmp_path)
+    assert not (tmp_path / leaderboard.RUN).exists()  # nothing to tell before all is there
+    leaderboard.carry_out([[], [learns, index], [asked]], 2, work, tmp_path)
+    first, second = json.loads((tmp_path / leaderboard.RUN).read_text())["sittings"]
+    assert [step["name"] for step in first["steps"]] == ["index"]
+    assert sorted(step["name"] for step in second["steps"]) == ["asked", "index", "mole"]
+    assert second["jobs"] == 2
+
+
+def test_every_plan_is_answered_in_shares_and_scored_before_the_next_begins(leaderboard, tmp_path):
+    given = argparse.Namespace(
+        work=tmp_path, tasks=Path("tasks"), adapters=Path("adapters"), dtype="bfloat16", output=tmp_path, rows=None
+    )
+    given.only = leaderboard.PLANS
+    index, trained, *plans = leaderboard.staged(given)
+    assert [step.name for step in index] == ["index"]
+    assert "multi_task" in [step.name for step in trained]
+    assert [stage[0].name for stage in plans[1::2]] == list(leaderboard.PLANS)
+    assert all(
+        step.name.startswith(one.name) for many, (one,) in zip(plans[::2], plans[1::2], strict=True) for step in many
+    )
+    given.only = ["finalists"]
+    assert [len(stage) for stage in leaderboard.staged(given)[3:]] == [1]

@@ -113,11 +113,16 @@ def test_a_line_says_composer_settings_and_label():
         ("base seed=1", "no setting 'seed'"),
         ("few_shot shots=0", "shots must be"),
         ("adapter", "say which, path=FOLDER"),
+        ("oracle label=own", "'oracle' keeps its name"),
     ],
 )
 def test_a_line_that_means_nothing_is_refused_with_what_would(line, message):
     with pytest.raises((ValueError, LookupError), match=message):
         parse_method(line)
+
+
+def test_a_label_is_a_word_whatever_it_looks_like():
+    assert parse_method("random label=1").label == "1"
 
 
 def test_base_and_oracle_are_always_in_the_table_and_no_label_stands_twice():

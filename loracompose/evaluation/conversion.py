@@ -13,7 +13,9 @@ from typing import Any
 from loracompose.evaluation.metrics import check_metric
 from loracompose.evaluation.tasks import TaskRow
 
-TRAIN_SEED_OFFSET = 1_000_003  # reasoning-gym draws by seed: train and test must not draw the same
+SPLITS = ("test", "train", "dev")
+SEEDS_APART = 1_000_003  # reasoning-gym draws by seed: no two splits may draw the same
+APART = 1000  # rows of the splits before it that a split shares nothing with, however few are asked for
 
 
 @dataclass(frozen=True)
@@ -97,25 +99,30 @@ def from_dataset(name: str, recipe: Recipe, split: str, n: int, seed: int, confi
 def from_reasoning_gym(name: str, split: str, n: int, seed: int) -> list[TaskRow]:
     """N rows of a reasoning-gym generator; its category is the cluster, exact match the metric.
 
-    Each row is drawn from the seed and its number alone; the splits other than "test" draw from other seeds, and a row
-    that also is a test row is not kept.
+    Each row is drawn from the seed and its number alone, those of another split from other seeds. A row of "train" is
+    not kept if it also is one of the test rows, and one of "dev" if it is one of either: of as many as are asked for
+    here, and at least `APART`.
 
     Raises:
+        ValueError: there is no such split.
         ModuleNotFoundError: the package is missing.
         LookupError: it has no generator of that name.
     """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     gym = _reasoning_gym()
     if name not in gym.factory.DATASETS:
         raise LookupError(f"reasoning-gym has no {name!r}; there are {', '.join(sorted(gym.factory.DATASETS))}")
     kind = gym.factory.DATASETS[name][0]
     cluster = kind.__module__.split(".")[1]
-    start = seed if split == "test" else seed + TRAIN_SEED_OFFSET
-    items = gym.create_dataset(name, size=n, seed=start)
-    made = [TaskRow(item["question"].strip(), str(item["answer"]), name, cluster, "exact_match") for item in items]
-    if split == "test":
-        return made
-    tested = {row.prompt for row in from_reasoning_gym(name, "test", n, seed)}
-    return [row for row in made if row.prompt not in tested]
+
+    def drawn(place: int, size: int) -> list[TaskRow]:
+        items = gym.create_dataset(name, size=size, seed=seed + place * SEEDS_APART)
+        return [TaskRow(item["question"].strip(), str(item["answer"]), name, cluster, "exact_match") for item in items]
+
+    place = SPLITS.index(split)
+    others = {row.prompt for earlier in range(place) for row in drawn(earlier, max(n, APART))}
+    return [row for row in drawn(place, n) if row.prompt not in others]
 
 
 def _reasoning_gym() -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,11 +69,30 @@ def test_generators_give_rows_of_their_category_and_no_test_row_for_training():
     assert test == from_reasoning_gym("leg_counting", "test", 6, seed=0)
     assert {(row.task, row.cluster, row.metric) for row in test} == {("leg_counting", "arithmetic", "exact_match")}
     assert all(row.response.isdigit() for row in test)
-    train = from_reasoning_gym("leg_counting", "train", 6, seed=0)
-    assert not {row.prompt for row in train} & {row.prompt for row in test}
-    assert Counter(len({row.prompt for row in part}) for part in (test, train)) == {6: 2}
+    train, dev = (from_reasoning_gym("leg_counting", split, 6, seed=0) for split in ("train", "dev"))
+    assert Counter(len({row.prompt for row in part}) for part in (test, train, dev)) == {6: 3}
+    assert len({row.prompt for row in (*test, *train, *dev)}) == 18
+    with pytest.raises(ValueError, match="split must be one of test, train, dev, got 'validation'"):
+        from_reasoning_gym("leg_counting", "validation", 1, 0)
     with pytest.raises(LookupError, match="no 'legs'; there are"):
         from_reasoning_gym("legs", "test", 1, 0)
+
+
+def test_splits_share_no_question_where_a_generator_has_few(monkeypatch):
+    def drawn(name, size, seed):
+        numbers = [random.Random(seed + i).randrange(4000) for i in range(size)]
+        return [{"question": f"{number}?", "answer": number} for number in numbers]
+
+    kind = type("Few", (), {"__module__": "reasoning_gym.games.few"})
+    gym = SimpleNamespace(factory=SimpleNamespace(DATASETS={"few": (kind, None)}), create_dataset=drawn)
+    monkeypatch.setattr("loracompose.evaluation.conversion._reasoning_gym", lambda: gym)
+    asked = {"test": 900, "train": 200, "dev": 100}  # other numbers of rows, one after the other
+    splits = {split: {row.prompt for row in from_reasoning_gym("few", split, n, 0)} for split, n in asked.items()}
+    assert all(splits.values())
+    assert not splits["test"] & splits["train"]
+    assert not splits["test"] & splits["dev"]
+    trained = [row.prompt for row in from_reasoning_gym("few", "train", 1000, 0)]
+    assert not splits["dev"] & set(trained)
 
 
 @pytest.mark.parametrize(

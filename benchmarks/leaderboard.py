@@ -137,7 +137,11 @@ def asked(plan: str, work: Path, tasks: Path, dtype: str, results: Path, rows: i
 
 
 def shares(plan: str, work: Path, tasks: Path, dtype: str, rows: int | None) -> list[Step]:
-    """A plan in shares of a few lines, whose answers go to the same cache; their own plans are written to WORK."""
+    """A plan in shares of a few lines, whose answers go to the same cache; those that are not answered yet.
+
+    Their own plans are written to WORK, with their results beside them; a share whose plan is the same and that has
+    results was answered before.
+    """
     said = tomllib.loads((HERE / f"{plan}.toml").read_text(encoding="utf-8"))
     lines = [*said["methods"], *more(plan, work)]
     count = -(-len(lines) // SHARE)
@@ -145,13 +149,16 @@ def shares(plan: str, work: Path, tasks: Path, dtype: str, rows: int | None) -> 
     for place in range(count):
         name = f"{plan}-{place + 1}-of-{count}"
         file = work / "shares" / f"{name}.toml"
-        file.parent.mkdir(parents=True, exist_ok=True)
         # Every count-th line, for neighbours are alike: the slow ones would all be one's.
-        content = {**said, "methods": lines[place::count]}
-        write_whole(
-            file, "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in content.items())
-        )
-        command = answering(work, tasks, dtype, file, file.with_suffix(".json"), rows)
+        content = {**said, "methods": lines[place::count], "rows": said["rows"] if rows is None else rows}
+        text = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in content.items())
+        results = file.with_suffix(".json")
+        if results.exists() and file.read_text(encoding="utf-8") == text:
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        results.unlink(missing_ok=True)  # of another plan
+        write_whole(file, text)
+        command = answering(work, tasks, dtype, file, results, None)
         steps.append(Step(name, [*command, "--timed-rows", "0"]))
     return steps
 

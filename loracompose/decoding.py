@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from loracompose.composers import Composer
 
@@ -26,6 +26,7 @@ def decoding_settings(
     Raises:
         ValueError: an argument that the engine sets, or two that say how long answers are.
     """
+    given = {name: value for name, value in given.items() if name != "generation_config" or value is not None}
     if taken := [name for name in OURS if name in given]:
         raise ValueError(f"the engine sets {', '.join(taken)} itself; leave them out")
     if max_new_tokens is not None and (clash := [name for name in LENGTHS if name in given]):
@@ -40,13 +41,19 @@ def decoding_settings(
     return {**settings, **given}
 
 
-def check_prefill(composer: Composer, settings: Mapping[str, Any]) -> None:
+def check_prefill(composer: Composer, settings: Mapping[str, Any], own: GenerationConfig | None = None) -> None:
     """Refuse to split prompts where the composer decides on the whole of each.
+
+    Args:
+        composer: how adapters are composed.
+        settings: arguments of the model's `generate`.
+        own: the model's settings, which hold where no others are given.
 
     Raises:
         ValueError: the prompts would reach it in pieces.
     """
-    size = settings.get("prefill_chunk_size") or getattr(settings.get("generation_config"), "prefill_chunk_size", None)
+    config = settings.get("generation_config") or own
+    size = settings.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
     if size and composer.scope == "prompt":
         raise ValueError(
             f"composer {composer.name!r} decides once on the whole prompt, so prompts cannot be read in pieces of "

@@ -206,7 +206,7 @@ class Engine:
         settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs)
         budget = budget_of(batch_size, batch_tokens, max_new_tokens, settings, self.base.model.generation_config)
         chosen = composer_for_call(composer, self.composer, self.base)
-        check_prefill(chosen, settings)
+        check_prefill(chosen, settings, self.base.model.generation_config)
         rows, seconds = self._rows(asked, chosen, adapters, k, exclude, where)
         batches = self._batches(asked, rows, budget)
 
@@ -246,10 +246,10 @@ class Engine:
             **generate_kwargs: passed to the model's `generate`, as in `Engine.generate`.
         """
         settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs)
-        stops = list(settings.pop("stopping_criteria", ()))
+        stops = list(settings.pop("stopping_criteria", None) or ())
         sets = None if adapters is None else [adapters]
         chosen = composer_for_call(composer, self.composer, self.base)
-        check_prefill(chosen, settings)
+        check_prefill(chosen, settings, self.base.model.generation_config)
         rows, seconds = self._rows([prompt], chosen, sets, k, None if exclude is None else [exclude], where)
         request = self._prepare([prompt], rows, chosen, seconds)
         inputs = encode_prompts(self.base.tokenizer, [prompt]).to(self.base.device)

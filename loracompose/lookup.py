@@ -37,9 +37,17 @@ def look_up(
             if ref in used:
                 loaded[ref] = store.get(index.path(ref), fingerprint=card.fingerprint, name=ref)
         else:
-            loaded[ref] = by_hand(ref, store, index).to(device)
+            loaded[ref] = widened(by_hand(ref, store, index), device)
             identities[ref] = Identity(loaded[ref].name, loaded[ref].fingerprint, loaded[ref].base_model)
     return loaded, identities
+
+
+def widened(adapter: Adapter, device: torch.device) -> Adapter:
+    """The adapter on a device, in float32 or better: what is composed of it is rounded once, at the end."""
+    dtype = torch.float32
+    for factors in adapter.factors.values():
+        dtype = torch.promote_types(torch.promote_types(factors.A.dtype, factors.B.dtype), dtype)
+    return adapter.to(device, dtype)
 
 
 def by_hand(ref: AdapterRef, store: AdapterStore, index: AdapterIndex | None) -> Adapter:

@@ -68,9 +68,17 @@ def parse_set(given: AdapterSet, place: int) -> Row:
         pairs: list[tuple[AdapterRef, float]] = [(ref, float(weight)) for ref, weight in given.items()]
     else:
         pairs = [(ref, 1 / len(given)) for ref in given]
+    totals: dict[AdapterRef, float] = {}
     for ref, weight in pairs:
+        if not isinstance(ref, str | Path | Adapter):
+            raise TypeError(
+                f"adapters[{place}]: an adapter is a name in the index, a folder or an Adapter, got {ref!r}"
+            )
         check_weight(place, ref, weight)
-    return tuple(Member(ref, weight) for ref, weight in pairs)
+        totals[ref] = totals.get(ref, 0.0) + weight
+    for ref, weight in totals.items():
+        check_weight(place, ref, weight)
+    return tuple(Member(ref, weight) for ref, weight in totals.items())
 
 
 def check_weight(place: int, ref: AdapterRef, weight: float) -> None:

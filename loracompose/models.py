@@ -25,7 +25,7 @@ __all__ = ["DEFAULT_BASE", "BaseModel", "load_base", "load_tokenizer", "open_bas
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
-    """A base model ready to generate: in eval mode, with a tokenizer that pads on the left.
+    """A base model ready to generate: in eval mode, with a tokenizer that pads where the model needs it.
 
     `name` is the name asked for, which exported adapters state as their base.
     """
@@ -67,7 +67,7 @@ def load_base(
     _name(model, resolved.requested)
     return BaseModel(
         model=model.to(place).eval(),
-        tokenizer=_padding_left(tokenizer, resolved.requested),
+        tokenizer=_padding(tokenizer, resolved.requested, config.is_encoder_decoder),
         name=resolved.requested,
         source=resolved.source,
         device=place,
@@ -90,7 +90,8 @@ def wrap_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None 
     name = str(model.config.name_or_path or "")
     if tokenizer is None and not name:
         raise LookupError(f"this {type(model).__name__} does not know where it came from: pass its tokenizer as well")
-    own = load_tokenizer(name) if tokenizer is None else _padding_left(copy.deepcopy(tokenizer), name)
+    own = load_tokenizer(name) if tokenizer is None else copy.deepcopy(tokenizer)
+    own = _padding(own, name, model.config.is_encoder_decoder)
     return BaseModel(model.eval(), own, name, "given", model.device, model.dtype)
 
 
@@ -131,9 +132,7 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_BASE) -> PreTrainedTokeniz
     """
     resolved = resolve_base(name_or_path)
     with found_or_explained(resolved):
-        return _padding_left(
-            AutoTokenizer.from_pretrained(_folder(resolved), trust_remote_code=False), resolved.requested
-        )
+        return _padding(AutoTokenizer.from_pretrained(_folder(resolved), trust_remote_code=False), resolved.requested)
 
 
 def _folder(resolved: ResolvedModel) -> str:
@@ -148,8 +147,11 @@ def _name(model: PreTrainedModel, name: str) -> None:
     model.config.name_or_path = name
 
 
-def _padding_left(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    tokenizer.padding_side = "left"
+def _padding(
+    tokenizer: PreTrainedTokenizerBase, name: str, is_encoder_decoder: bool = False
+) -> PreTrainedTokenizerBase:
+    # A decoder goes on behind the prompt. An encoder (BART) may count positions from the first place, padding or not.
+    tokenizer.padding_side = "right" if is_encoder_decoder else "left"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {name!r} has neither a padding nor an end token: set one and save it")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
+import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Message: TypeAlias = Mapping[str, str]
@@ -58,32 +59,42 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     return f"{bos}{turns}" if keep_bos else turns
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> BatchEncoding:
-    """Token ids and attention mask of `chat_text`, each (batch, seq), padded on the left.
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], padding_side: str = "left"
+) -> BatchEncoding:
+    """Token ids and attention mask of `chat_text`, each (batch, seq), padded on a side: left, or right for an encoder.
 
-    The template has already written every special token; without a template the tokenizer adds its own.
+    The template has already written every special token; without a template the tokenizer adds its own. Padding is
+    done here: a fast tokenizer that pads remembers it, and another thread's call would find its texts padded.
 
     Raises:
         ValueError: there is no prompt, or one of them is invalid or empty.
     """
-    encoded = _encode(tokenizer, prompts, padding=True, padding_side="left", return_tensors="pt")
-    _check_lengths(encoded["attention_mask"].sum(dim=1).tolist())
-    return encoded
+    rows = _encode(tokenizer, prompts)
+    lengths = [len(ids) for ids in rows]
+    _check_lengths(lengths)
+    ids = torch.full((len(rows), max(lengths)), int(tokenizer.pad_token_id))
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(ids.shape[1] - len(row), None) if padding_side == "left" else slice(len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    return BatchEncoding({"input_ids": ids, "attention_mask": mask})
 
 
 def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[int]:
     """How many tokens `encode_prompts` makes of each prompt; raises as it does."""
-    lengths = [len(ids) for ids in _encode(tokenizer, prompts)["input_ids"]]
+    lengths = [len(ids) for ids in _encode(tokenizer, prompts)]
     _check_lengths(lengths)
     return lengths
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], **form: Any) -> BatchEncoding:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
     if not prompts:
         raise ValueError("there is no prompt to encode: give at least one")
     texts = [chat_text(tokenizer, prompt) for prompt in prompts]
     special = not has_chat_template(tokenizer)
-    return tokenizer(texts, add_special_tokens=special, return_token_type_ids=False, **form)
+    encoded = tokenizer(texts, add_special_tokens=special, return_token_type_ids=False)
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def _check_lengths(lengths: Sequence[int]) -> None:

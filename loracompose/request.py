@@ -131,8 +131,9 @@ def prepare(
     weights = weight_matrix(rows, column, len(adapters)).to(device)  # (batch, K)
     if (router := router_of(composer)) is not None:
         router.check_serves({adapter.fingerprint: adapter.name for adapter in adapters})
-    banks = gather_banks([adapters[i] for i in order])
     known = [isinstance(keys_of[i], tuple) for i in order]
-    made = compose_batch(composer, banks, weights, cache, known) if banks else Composition({}, (False,) * len(rows))
+    with torch.autocast(device.type, enabled=False):  # the caller's would round what is kept for others
+        banks = gather_banks([adapters[i] for i in order])
+        made = compose_batch(composer, banks, weights, cache, known) if banks else Composition({}, (False,) * len(rows))
     timings = {**timings, "compose": time.perf_counter() - start}
     return Request(prompts, rows, composer, identities, made.deltas, made.recalled, timings)

@@ -33,7 +33,7 @@ def answer(base: BaseModel, request: Request, settings: Mapping[str, Any]) -> li
         request: the batch.
         settings: arguments of the model's `generate` beside the prompts.
     """
-    encoded = encode_prompts(base.tokenizer, request.prompts).to(base.device)
+    encoded = encode_prompts(base.tokenizer, request.prompts, base.tokenizer.padding_side).to(base.device)
     with running(base, request) as attached:
         start = time.perf_counter()  # the wait for the model is over
         output = base.model.generate(**encoded, **settings)

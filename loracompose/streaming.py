@@ -27,10 +27,10 @@ def stream_pieces(
     def write() -> None:
         try:
             run(streamer, stop)
+            streamer.end()
         except BaseException as error:  # handed to the reader, who raises it
             failure.append(error)
-        finally:
-            streamer.end()
+            end_without_decoding(streamer)
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
@@ -41,6 +41,11 @@ def stream_pieces(
         writer.join()
     if failure:
         raise failure[0]
+
+
+def end_without_decoding(streamer: TextIteratorStreamer) -> None:
+    """Tell the reader that nothing follows; `end` would decode what is left, which may be what failed."""
+    streamer.on_finalized_text("", stream_end=True)
 
 
 class StopNow(StoppingCriteria):  # type: ignore[misc]

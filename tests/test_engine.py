@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 
 from loracompose import COMPOSERS, Adapter, Engine, LoraFactors, compose, load_adapter
 from loracompose.composers import Mixture
@@ -107,6 +107,7 @@ def test_a_set_named_twice_adds_up(engine):
     twice = engine.generate(PROMPTS[:1], adapters=[["mood", "mood"]], max_new_tokens=8)[0]
     once = engine.generate(PROMPTS[:1], adapters=[["mood"]], max_new_tokens=8)[0]
     assert twice.text == once.text
+    assert [(use.name, use.weight) for use in twice.adapters] == [("mood", 1.0)]
 
 
 def test_streamed_pieces_make_up_the_answer(engine):
@@ -317,6 +318,63 @@ def test_an_encoder_decoder_answers_a_mixed_batch_as_row_by_row(tmp_path):
     ]
     assert texts(batch) == alone
     assert batch[0].text != engine.generate(prompts[:1], adapters=[[]], max_new_tokens=8, num_beams=2)[0].text
+
+
+def test_an_encoder_that_counts_positions_from_the_first_place_answers_a_batch_as_row_by_row():
+    sizes = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
+    config = BartConfig(
+        vocab_size=128,
+        d_model=32,
+        max_position_embeddings=64,
+        init_std=0.5,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+        **{f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in sizes.items()},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BartForConditionalGeneration(config)
+    engine = Engine.from_pretrained(model, tokenizer=tokenizer())
+    prompts = ["hello", "a much longer prompt than the other one", "xyz?"]
+    batch = engine.generate(prompts, adapters=[[]] * 3, max_new_tokens=8)
+    assert texts(batch) == [engine.generate(p, adapters=[[]], max_new_tokens=8)[0].text for p in prompts]
+
+
+@pytest.mark.parametrize("composer", ["ties", "knots", "lego", "mixture"])
+def test_what_is_composed_under_autocast_is_what_is_composed_without(tmp_path, composer):
+    with build_engine(tmp_path) as engine:
+        made = []
+        prepare = engine._prepare
+        engine._prepare = lambda *given: made.append(prepare(*given)) or made[-1]
+        for under in (True, False):
+            engine.cache.clear()
+            with torch.autocast("cpu", torch.bfloat16, enabled=under):
+                engine.generate(PROMPTS[:1], adapters=[["mood", "sql"]], composer=composer, max_new_tokens=2)
+    rounded, exact = (request.deltas for request in made)
+    for module, delta in exact.items():
+        assert torch.equal(delta.A, rounded[module].A)
+        assert torch.equal(delta.B, rounded[module].B)
+
+
+def test_adapters_of_16_bits_given_by_hand_are_composed_in_32(engine):
+    narrow = [load_adapter(engine.index.path(name), dtype=torch.bfloat16) for name in ("mood", "sql")]
+    sets = [{narrow[0]: 1 / 3, narrow[1]: 2 / 3}]
+    made = []
+    prepare = type(engine)._prepare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(engine), "_prepare", lambda *given: made.append(prepare(*given)) or made[-1])
+        engine.generate(PROMPTS[:1], adapters=sets, composer="linear", max_new_tokens=2)
+    assert {delta.A.dtype for delta in made[0].deltas.values()} == {torch.float32}
+
+
+def test_what_stands_for_nothing_given_is_nothing_given(engine):
+    plain = engine.generate(PROMPTS[:1], adapters=[["mood"]], max_new_tokens=4)[0].text
+    given = {"stopping_criteria": None, "generation_config": None}
+    assert engine.generate(PROMPTS[:1], adapters=[["mood"]], max_new_tokens=4, **given)[0].text == plain
+    assert "".join(engine.stream(PROMPTS[0], adapters=["mood"], max_new_tokens=4, **given)) == plain
 
 
 def test_a_module_that_the_model_never_calls_stands_in_the_trace():

@@ -72,6 +72,15 @@ def test_a_batch_is_padded_on_the_left_and_holds_each_prompt_alone():
     assert batch["attention_mask"].tolist() == [[0] * 4 + [1] * len(alone[0]), [1] * len(alone[1])]
 
 
+def test_padding_goes_to_the_side_asked_for_and_leaves_no_trace_in_the_tokenizer():
+    right = tokenizer()
+    alone = [encode_prompts(right, [prompt])["input_ids"][0].tolist() for prompt in ("hello", "hello you")]
+    batch = encode_prompts(right, ["hello", "hello you"], padding_side="right")
+    assert batch["input_ids"].tolist() == [[*alone[0], 0, 0, 0, 0], alone[1]]
+    assert batch["attention_mask"].tolist() == [[1] * len(alone[0]) + [0] * 4, [1] * len(alone[1])]
+    assert right.backend_tokenizer.padding is None  # another thread's call would be padded by it
+
+
 def test_the_tokenizer_adds_no_special_token_to_a_template():
     ids = encode_prompts(tokenizer(), ["hello"])["input_ids"][0].tolist()
     assert [token for token in ids if token < 4] == [1, 2, 1]

@@ -28,3 +28,29 @@ def test_a_reader_that_leaves_early_stops_the_writer_at_its_next_token():
     assert next(pieces)
     pieces.close()
     assert ended == ["told to stop"]
+
+
+def test_a_tokenizer_that_cannot_decode_is_an_error_and_no_endless_wait():
+    class Broken(type(tokenizer())):
+        def decode(self, *args, **kwargs):
+            raise IndexError("piece id is out of range")
+
+    broken = tokenizer()
+    broken.__class__ = Broken
+
+    def run(streamer, stop):
+        for token in (1, 68, 3):
+            streamer.put(torch.tensor([token]))
+
+    failed = []
+
+    def read():
+        try:
+            list(stream_pieces(run, broken))
+        except IndexError as error:
+            failed.append(str(error))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(timeout=20)
+    assert failed == ["piece id is out of range"]

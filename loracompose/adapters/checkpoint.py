@@ -185,7 +185,8 @@ def _check_base_copies(layout: AdapterLayout, model: nn.Module) -> None:
             weight, copied = model.get_parameter(f"{module}.weight"), file.get_tensor(key)
             if weight.is_meta:
                 continue
-            if not torch.equal(weight.detach().cpu().to(copied.dtype), copied):
+            own = weight.detach().cpu()  # whichever of the two was rounded, the wider cannot be compared
+            if not (torch.equal(own.to(copied.dtype), copied) or torch.equal(own, copied.to(own.dtype))):
                 raise UnsupportedAdapterError(
                     f"{layout.name}: {key!r} differs from the base's {module!r}, so the adapter is more than B @ A; "
                     "train with the embedding frozen, or give the base it was trained on"

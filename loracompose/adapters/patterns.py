@@ -29,16 +29,16 @@ def check_pattern(pattern: str) -> None:
         tree = parser.parse(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(str(error)) from None
-    _refuse_nesting(tree, repeated=False)
+    _refuse_nesting(tree, times=1)
 
 
-def _refuse_nesting(node: Any, *, repeated: bool) -> None:
-    """Walk a parsed pattern; raise at a choice (`?`, `*`, `{1,9}`, `|`) inside a repetition of many."""
+def _refuse_nesting(node: Any, *, times: int) -> None:
+    """Walk a parsed pattern; raise at a choice (`?`, `*`, `{1,9}`, `|`) that is repeated many times in all."""
     if isinstance(node, tuple) and len(node) == 2 and node[0] in (*_REPEATS, opcodes.BRANCH):
         least, most = node[1][:2] if node[0] in _REPEATS else (0, 1)
-        if repeated and least != most:
+        if times > _MANY and least != most:
             raise ValueError("it repeats a choice, which can match for ever; list the modules instead")
-        _refuse_nesting(node[1][-1], repeated=repeated or most > _MANY)
+        _refuse_nesting(node[1][-1], times=times * int(most))
     elif isinstance(node, (tuple, list, parser.SubPattern)):
         for child in node:
-            _refuse_nesting(child, repeated=repeated)
+            _refuse_nesting(child, times=times)

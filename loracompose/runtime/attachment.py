@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -72,7 +73,10 @@ class Attachment:
 
     def start_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember the attention mask of this forward pass and forget what gates noted in the last one."""
-        self._side = Side(kwargs.get("attention_mask"), self._prompt_mask)
+        mask = kwargs.get("attention_mask")
+        if mask is None and len(args) > 1:  # given by its place
+            mask = signature(module.forward).bind_partial(*args).arguments.get("attention_mask")
+        self._side = Side(mask, self._prompt_mask)
         self._encoder_states = None
         self._scratch.clear()
 

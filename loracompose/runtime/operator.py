@@ -141,7 +141,8 @@ class StaticGroup:
         widths = [delta.A.shape[-1] + delta.B.shape[-2] for delta in deltas.values()]
         self._numbers = sum(len(used) * width for used, width in zip(self._use.used, widths, strict=True))
         self._own = sum(widest * width for widest, width in zip(self._use.widest, widths, strict=True))
-        self._dtype = next(iter(deltas.values())).A.dtype
+        first = next(iter(deltas.values())).A
+        self._dtype, self._device = first.dtype, first.device.type
 
     def add(self, path: str, output: Tensor, x: Tensor) -> Tensor:
         """The output of one module, (batch * times, seq, d_out), with what its delta adds.
@@ -182,25 +183,26 @@ class StaticGroup:
 
     def _form(self, rows: int, seq: int) -> BankForm:
         kind, gradients = self._choose(rows, seq), torch.is_grad_enabled()
+        kernels = not gradients and not torch.is_autocast_enabled(self._device)  # they have no backward, and no casts
         if gradients and not self._copied:
             self._bank, self._copied = None, True
             self._kept.clear()
         kept = self._kept.get(kind)
-        if kept is not None and not (gradients and isinstance(kept, GroupedForm)):  # the kernels have no backward
+        if kept is not None and (kernels or not isinstance(kept, GroupedForm)):
             return kept
         # What is made in inference mode could not be used outside of it, where an attachment may still run.
         with torch.inference_mode(False), torch.no_grad():
             if self._bank is None:
                 self._bank = GroupBank.build(list(self._deltas.values()), self._use, copied=self._copied)
-            form = self._build(kind, self._bank, seq, gradients)
+            form = self._build(kind, self._bank, seq, gradients=gradients, kernels=kernels)
         if kept is None and (seq == 1 or kind == "shared" or isinstance(form, GroupedForm)):
             self._kept[kind] = form
         return form
 
-    def _build(self, kind: Form, bank: GroupBank, seq: int, gradients: bool) -> BankForm:
+    def _build(self, kind: Form, bank: GroupBank, seq: int, *, gradients: bool, kernels: bool) -> BankForm:
         if kind == "shared":
             return SharedForm(bank)
-        if not gradients and kernels_run(bank.A.device, bank.A.dtype):
+        if kernels and kernels_run(bank.A.device, bank.A.dtype):
             return GroupedForm(bank)
         # Gradients would read a workspace when it holds another form.
         on_cpu = bank.A.device.type == "cpu" and not torch.is_autocast_enabled("cpu")  # it works in place

@@ -117,6 +117,14 @@ def test_a_saved_copy_of_the_embedding_must_be_the_bases(tmp_path):
         load_adapter(folder, base=model)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wider_copy_of_the_embedding_that_rounds_to_the_bases_is_the_bases(tmp_path, dtype):
+    folder, _ = peft_adapter(tmp_path, target_modules=["embed_tokens"])
+    assert load_adapter(folder, base=base_model(dtype=dtype)).fingerprint == load_adapter(folder).fingerprint
+    with pytest.raises(UnsupportedAdapterError, match=r"differs from the base's 'model.embed_tokens'"):
+        load_adapter(folder, base=base_model(seed=1, dtype=dtype))
+
+
 def test_tensors_outside_a_regex_of_the_base_are_stray(tmp_path):
     folder, _ = peft_adapter(tmp_path, target_modules=r".*\.(q|v)_proj")
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -18,6 +18,7 @@ from loracompose.cli.evaluating import read_plan
 from loracompose.composers import COMPOSERS
 from loracompose.evaluation.protocols import PROTOCOLS, get_protocol
 from loracompose.evaluation.specification import BASELINES
+from loracompose.marked import fill
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -94,6 +95,18 @@ def test_the_shares_of_a_plan_are_its_lines_each_once_and_otherwise_the_plan(lea
         assert {words[words.index("--cache") + 1] for words in commands} == {str(tmp_path / "answers.sqlite")}
         outputs = {words[words.index("-o") + 1] for words in commands}
         assert len(outputs) == len(steps) + 1  # no share writes over the results
+
+
+def test_a_share_that_was_answered_is_not_asked_again_unless_its_plan_is_another(leaderboard, tmp_path):
+    def names(rows=None):
+        return [step.name for step in leaderboard.shares("finalists", tmp_path, Path("tasks"), "bfloat16", rows)]
+
+    every = names()
+    assert names() == every
+    (tmp_path / "shares" / f"{every[1]}.json").write_text("{}")
+    assert names() == [every[0], *every[2:]]
+    assert names(rows=1) == every
+    assert names() == every  # whose answers may be other rows'
 
 
 def test_everything_that_is_made_from_results_is_made_by_the_report(leaderboard):
@@ -185,3 +198,14 @@ def test_every_plan_is_answered_in_shares_and_scored_before_the_next_begins(lead
     )
     given.only = ["finalists"]
     assert [len(stage) for stage in leaderboard.staged(given)[3:]] == [1]
+
+
+def test_the_page_says_how_long_the_run_took(leaderboard):
+    record = json.loads((leaderboard.RESULTS / leaderboard.RUN).read_text())
+    page = leaderboard.GUIDE.read_text()
+    assert fill(page, {"run": leaderboard.told(record)}) == page
+    steps = [{"name": "index", "seconds": 60}, {"name": "finalists-1-of-4", "seconds": 120}]
+    sitting = {"seconds": 90, "jobs": 3, "cores": 4, "steps": steps}
+    told = leaderboard.told({"sittings": [sitting, {**sitting, "steps": []}]})
+    assert "took 3 minutes in 2 sittings, 3 processes at once on 4 cores" in told
+    assert "added up: index 1, answers 2 (" in told

@@ -21,6 +21,17 @@ PATHS = {
 }
 
 
+def test_a_mask_given_by_its_place_is_seen_as_one_given_by_name():
+    gate = Recorder()
+    model = laws.base("llama")
+    ids, mask = torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
+    with torch.no_grad(), attach(model, gated("llama", [gate])):
+        model(input_ids=ids, attention_mask=mask)
+        model(ids, mask)
+    by_name, by_place = (context.valid(4) for context in gate.seen)
+    assert by_name.tolist() == by_place.tolist() == [[False, False, True, True]]
+
+
 def gated(on: str, gates: Sequence[Gate], rows: int = 1) -> dict[str, LowRankDelta]:
     deltas = {}
     for seed, (path, gate) in enumerate(zip(PATHS[on], gates, strict=False)):

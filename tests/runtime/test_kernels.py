@@ -53,4 +53,4 @@ def test_on_a_gpu_the_triton_form_is_chosen_and_equals_the_shared_one():
             got, want = (group.add("q", output, x) for group in run)
             assert ((got - want).abs().max() / want.abs().max()).item() < tolerance
         bank = GroupBank.build([delta], RowUse.count([delta.weights.cpu()]))
-        assert isinstance(run[0]._build("gathered", bank), GroupedForm)
+        assert isinstance(run[0]._build("gathered", bank, 1, gradients=False, kernels=True), GroupedForm)

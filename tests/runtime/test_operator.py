@@ -147,6 +147,20 @@ def test_ranks_that_stand_side_by_side_are_not_copied():
     assert shared == [True, True, False]
 
 
+def test_the_kernels_do_not_run_under_autocast_which_does_not_reach_them():
+    class Kernels(GatheredForm):
+        pass
+
+    delta = random_delta(12, 9, ranks=6, weights=torch.eye(2, dtype=torch.float64).repeat_interleave(3, dim=1))
+    group = StaticGroup({"q": delta}, {"q": delta.weights}, OpenProduct(), form="gathered")
+    there = mock.patch.multiple(operator, kernels_run=lambda *_: True, GroupedForm=Kernels)
+    with there, torch.no_grad():
+        assert isinstance(group._form(2, 1), Kernels)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not isinstance(group._form(2, 1), Kernels)
+        assert isinstance(group._form(2, 1), Kernels)
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_groups_that_take_turns_do_not_disturb_each_other(gradients: bool):
     """They gather into the same memory; gradients need what was there."""

@@ -5,6 +5,7 @@ loracompose bench speed --dtype bfloat16 --no-slow -o benchmarks/results/speed_b
 python benchmarks/step_profile.py
 loracompose bench composing -o benchmarks/results/composing.json --figure docs/composing.svg
 loracompose bench answers INDEX -o benchmarks/results/answers.json --figure docs/answers.svg
+loracompose bench answers INDEX --dtype bfloat16 -o benchmarks/results/answers_bfloat16.json  # INDEX with --encoder :bfloat16
 loracompose bench stream POOL -o benchmarks/results/stream.json --figure docs/stream.svg
 python benchmarks/speed_report.py
 """
@@ -69,9 +70,9 @@ def ways(file: str = "speed") -> str:
     return "\n".join(lines)
 
 
-def answers() -> str:
+def answers(file: str = "answers") -> str:
     """What an answer's time is made of."""
-    result = results("answers")
+    result = results(file)
     asked = result["asked"]
     lines = [
         f"Milliseconds a batch of {asked['rows']} prompts with {asked['k']} of {result['adapters']} adapters each at equal weights, {asked['new_tokens']} tokens an "
@@ -214,6 +215,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "bfloat16": partial(ways, "speed_bfloat16"),
         "profile": profile,
         "answers": answers,
+        "answers_bfloat16": partial(answers, "answers_bfloat16"),
         "composing": composing,
         "stream": stream,
     },

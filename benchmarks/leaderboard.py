@@ -191,10 +191,12 @@ def told(record: Mapping[str, Any]) -> str:
     minutes = sum(sitting["seconds"] for sitting in sittings) / 60
     parts = ", ".join(f"{kind} {seconds / 60:.0f}" for kind, seconds in kinds.items())
     machine = f"{sittings[-1]['jobs']} processes at once on {sittings[-1]['cores']} cores"
+    names = {step["name"] for sitting in sittings for step in sitting["steps"]}
+    scored = " and ".join(plan for plan in PLANS if plan in names) or "no plan yet"
     count = "one sitting" if len(sittings) == 1 else f"{len(sittings)} sittings"
     return (
-        f"The first command took {minutes:.0f} minutes in {count}, {machine}; minutes of its processes, added up: "
-        f"{parts} ([{RUN}](../benchmarks/results/{RUN}))."
+        f"The first command took {minutes:.0f} minutes for {scored} in {count}, {machine}; minutes of its processes, "
+        f"added up: {parts} ([{RUN}](../benchmarks/results/{RUN}))."
     )
 
 

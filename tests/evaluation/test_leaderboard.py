@@ -207,5 +207,7 @@ def test_the_page_says_how_long_the_run_took(leaderboard):
     steps = [{"name": "index", "seconds": 60}, {"name": "finalists-1-of-4", "seconds": 120}]
     sitting = {"seconds": 90, "jobs": 3, "cores": 4, "steps": steps}
     told = leaderboard.told({"sittings": [sitting, {**sitting, "steps": []}]})
-    assert "took 3 minutes in 2 sittings, 3 processes at once on 4 cores" in told
+    assert "took 3 minutes for no plan yet in 2 sittings, 3 processes at once on 4 cores" in told
     assert "added up: index 1, answers 2 (" in told
+    steps.extend({"name": plan, "seconds": 60} for plan in ("leaderboard", "all_rows"))
+    assert " for leaderboard and all_rows in one sitting" in leaderboard.told({"sittings": [sitting]})

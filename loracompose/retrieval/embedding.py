@@ -46,7 +46,7 @@ class SentenceTransformerEmbedder:
 
     Several threads may call it; they take turns, since a fast tokenizer cannot serve two at once.
 
-    In bfloat16 it is about twice as fast on a CPU that has it, and its vectors are others: a few thousandths apart. So
+    In bfloat16 it is about twice as fast on a CPU that has it, and its vectors are slightly others. So
     the dtype is part of the name, and an index stays with the one that it was embedded with.
 
     Args:

@@ -16,12 +16,13 @@ from loracompose.composers.base import Composer
 from loracompose.composers.fusion import Fusion
 from loracompose.composers.linear import Linear
 from loracompose.composers.mixture import Mixture
+from loracompose.composers.recall import row_wise
 from loracompose.composers.selection import Selection
 from loracompose.engine import Engine
 from loracompose.evaluation.cache import Answer, AnswerCache, base_identity, question_key
 from loracompose.evaluation.methods import Question
 from loracompose.evaluation.tasks import TaskRow
-from loracompose.prompts import user_text
+from loracompose.prompts import prompt_lengths
 from loracompose.trace import Generation
 
 SLACK = 8  # tokens that an answer may have beyond the longest reference of its task: too long is never cut to right
@@ -36,7 +37,6 @@ class Job:
     key: str
     question: Question
     budget: int
-    task: str
     fingerprints: frozenset[str]
 
 
@@ -105,7 +105,7 @@ class Answerer:
             asked, name = plainly(question, composer)
             members = [(self._fingerprint(ref), weight) for ref, weight in asked.adapters.items()]
             key = question_key(self.base, asked.prompt, members, name, decoding)
-            jobs.append(Job(key, asked, budget, row.task, frozenset(fingerprint for fingerprint, _ in members)))
+            jobs.append(Job(key, asked, budget, frozenset(fingerprint for fingerprint, _ in members)))
         return jobs
 
     def missing(self, jobs: Sequence[Job | None]) -> list[Job]:
@@ -119,13 +119,16 @@ class Answerer:
         Args:
             jobs: without an answer yet.
             composer: of all of them.
-            mixed: whether batches follow the order given, or rows of a kind run together.
+            mixed: whether batches follow the order given, or rows that are alike run together.
             done: told the number of answers after each batch.
 
         Raises:
             RuntimeError: an adapter is no longer what it was when the jobs were made; nothing of its batch is kept.
         """
-        for batch in batches(jobs, self.batch_size, mixed):
+        if not jobs:
+            return
+        lengths = prompt_lengths(self.engine.base.tokenizer, [job.question.prompt for job in jobs])
+        for batch in batches(jobs, lengths, self.batch_size, mixed, by_set=row_wise(composer)):
             generations = self.engine.generate(
                 [job.question.prompt for job in batch],
                 adapters=[dict(job.question.adapters) for job in batch],
@@ -215,19 +218,35 @@ def check_unchanged(job: Job, generation: Generation) -> None:
             )
 
 
-def batches(jobs: Sequence[Job], size: int, mixed: bool) -> Iterator[list[Job]]:
-    """The jobs in batches: as they come, or rows alike in budget, task, set and length together, which wastes least.
+def batches(
+    jobs: Sequence[Job], lengths: Sequence[int], size: int, mixed: bool, by_set: bool = False
+) -> Iterator[list[Job]]:
+    """The jobs in batches: as they come, or rows alike in budget and in length together, which wastes least.
 
-    A row that has ended is computed until its whole batch has: budgets of one batch differ at most twofold.
+    A row that has ended is computed until its whole batch has, so budgets of one batch differ less than twofold.
+
+    Args:
+        jobs: to answer.
+        lengths: of their prompts in tokens: the shorter ones of a batch are padded to the longest.
+        size: most jobs of a batch.
+        mixed: whether batches follow the order given.
+        by_set: rows of one set of adapters together first, for a composer that keeps what it makes of a set: what is
+            kept is bounded, and a set that comes again later might have to be made again.
     """
-    batch: list[Job] = []
-    for job in jobs if mixed else sorted(jobs, key=_likeness):
-        if batch and (len(batch) == size or (not mixed and job.budget > 2 * batch[0].budget)):
-            yield batch
-            batch = []
-        batch.append(job)
-    if batch:
-        yield batch
+    if mixed:
+        yield from (list(jobs[start : start + size]) for start in range(0, len(jobs), size))
+        return
+
+    def likeness(place: int) -> tuple[Any, ...]:
+        members, length = sorted(map(str, jobs[place].question.adapters)), lengths[place]
+        return (members, length, jobs[place].key) if by_set else (length, members, jobs[place].key)
+
+    groups: dict[int, list[int]] = {}
+    for place, job in enumerate(jobs):
+        groups.setdefault(job.budget.bit_length(), []).append(place)
+    for _, places in sorted(groups.items()):
+        ordered = [jobs[place] for place in sorted(places, key=likeness)]
+        yield from (ordered[start : start + size] for start in range(0, len(ordered), size))
 
 
 def token_budgets(engine: Engine, rows: Sequence[TaskRow], limit: int) -> dict[str, int]:
@@ -247,7 +266,3 @@ def token_budgets(engine: Engine, rows: Sequence[TaskRow], limit: int) -> dict[s
         length = len(engine.base.tokenizer(row.response, add_special_tokens=False)["input_ids"])
         longest[row.task] = max(longest.get(row.task, 0), length)
     return {task: min(limit, length + SLACK) for task, length in longest.items()}
-
-
-def _likeness(job: Job) -> tuple[Any, ...]:
-    return job.budget, job.task, sorted(map(str, job.question.adapters)), len(user_text(job.question.prompt)), job.key

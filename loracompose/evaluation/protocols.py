@@ -23,7 +23,7 @@ class Protocol:
         hidden: the adapters that each row must do without: none; the one of its own task (LoraRetriever's
             out-of-domain); those of all tasks of its cluster.
         unseen: only rows of the phrasing that no adapter saw.
-        shuffled: all tasks mixed in every batch, instead of batches of one kind.
+        shuffled: rows answered as they come, all tasks mixed, instead of those of like length together.
     """
 
     name: str
@@ -75,7 +75,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             Protocol("masked", "the row's own adapter is removed", hidden="own"),
             Protocol("cluster-masked", "all adapters of the row's cluster are removed", hidden="cluster"),
             Protocol("unseen", "the whole pool, phrasings that no adapter saw", unseen=True),
-            Protocol("mixed", "the whole pool, all tasks mixed in every batch", shuffled=True),
+            Protocol("mixed", "the whole pool, prompts of all tasks in the order in which they come", shuffled=True),
         )
     }
 )

@@ -304,15 +304,26 @@ def test_rows_of_different_budgets_share_a_batch(engine, tmp_path, monkeypatch):
 
 
 def test_short_answers_do_not_wait_for_long_ones_except_in_the_mixed_stream():
-    jobs = [Job(str(i), Question("p"), budget, "t", frozenset()) for i, budget in enumerate((90, 9, 40, 10, 18, 19))]
+    jobs = [Job(str(i), Question("p"), budget, frozenset()) for i, budget in enumerate((90, 9, 40, 10, 18, 19))]
 
     def budgets(size, mixed):
-        return [[job.budget for job in batch] for batch in batches(jobs, size, mixed)]
+        return [[job.budget for job in batch] for batch in batches(jobs, [1] * 6, size, mixed)]
 
-    assert budgets(9, mixed=False) == [[9, 10, 18], [19], [40], [90]]
-    assert budgets(2, mixed=False) == [[9, 10], [18, 19], [40], [90]]
+    assert budgets(9, mixed=False) == [[9, 10], [18, 19], [40], [90]]
+    assert budgets(1, mixed=False) == [[9], [10], [18], [19], [40], [90]]
     assert budgets(4, mixed=True) == [[90, 9, 40, 10], [18, 19]]
-    assert list(batches([], 4, mixed=False)) == []
+    assert list(batches([], [], 4, mixed=False)) == []
+
+
+def test_prompts_of_like_length_run_together_whatever_their_tasks_unless_their_sets_are_kept():
+    sets = ("b", "a", "b", "a")
+    jobs = [Job(str(i), Question("p", {name: 1.0}), 9, frozenset()) for i, name in enumerate(sets)]
+
+    def keys(by_set):
+        return [[job.key for job in batch] for batch in batches(jobs, [4, 1, 2, 3], 2, False, by_set)]
+
+    assert keys(by_set=False) == [["1", "2"], ["3", "0"]]
+    assert keys(by_set=True) == [["1", "3"], ["2", "0"]]
 
 
 def test_budgets_are_the_longest_reference_and_some_slack_below_the_limit(engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from re import _constants as opcodes  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
@@ -9,6 +10,8 @@ from typing import Any
 
 MAX_LENGTH = 10_000
 _MANY = 10
+_STARS = 6  # of repetitions without end: n of them can share a name of m characters in about m ** n / n! ways
+_BITS = 12  # of other choices, all together: 4,096 ways
 _REPEATS = (opcodes.MAX_REPEAT, opcodes.MIN_REPEAT)
 
 
@@ -16,8 +19,9 @@ def check_pattern(pattern: str) -> None:
     """Refuse a pattern that Python cannot compile or that backtracks exponentially.
 
     Adapters come from strangers, and one `(a+)+b` would stop the process that lists them: Python's matcher has no
-    time limit. A repetition of something that can itself match in several ways is therefore refused; patterns of
-    module names have no need of it. Slow but polynomial patterns (`.*a.*a.*a`) remain possible.
+    time limit. A repetition of something that can itself match in several ways is therefore refused, and so is a long
+    chain of choices (`.?` thirty times); patterns of module names have no need of either. Slow but polynomial patterns
+    (`.*a.*a.*a`) remain possible.
 
     Raises:
         ValueError: what is wrong with the pattern.
@@ -30,6 +34,11 @@ def check_pattern(pattern: str) -> None:
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(str(error)) from None
     _refuse_nesting(tree, times=1)
+    stars, bits = _choices(tree)
+    if stars > _STARS or bits > _BITS:
+        raise ValueError(
+            "it leaves too many choices one after another, which can match for ever; list the modules instead"
+        )
 
 
 def _refuse_nesting(node: Any, *, times: int) -> None:
@@ -42,3 +51,30 @@ def _refuse_nesting(node: Any, *, times: int) -> None:
     elif isinstance(node, (tuple, list, parser.SubPattern)):
         for child in node:
             _refuse_nesting(child, times=times)
+
+
+def _choices(node: Any) -> tuple[int, float]:
+    """Repetitions without end on one way through a parsed pattern, and the bits of all other choices on it."""
+    if not isinstance(node, (tuple, list, parser.SubPattern)):
+        return 0, 0.0
+    operator = node[0] if isinstance(node, tuple) and len(node) == 2 else None
+    if operator is opcodes.BRANCH:
+        ways = node[1][1]
+        within = [_choices(way) for way in ways]
+        own = 0.0 if _exclusive(ways) else math.log2(len(ways))
+        return max(stars for stars, _ in within), max(bits for _, bits in within) + own
+    if operator in _REPEATS:
+        least, most, body = node[1]
+        most, (stars, bits) = int(most), _choices(body)
+        if most - least > _MANY:
+            return stars * most + 1, bits * most
+        return stars * most, bits * most + math.log2(most - least + 1)
+    found = [_choices(child) for child in node]
+    return sum(stars for stars, _ in found), sum(bits for _, bits in found)
+
+
+def _exclusive(ways: Any) -> bool:
+    """Whether each alternative begins with a character of its own, so that at most one can match."""
+    first = [way[0] if len(way) else None for way in ways]
+    literal = [chr(node[1]).casefold() for node in first if node is not None and node[0] is opcodes.LITERAL]
+    return len(set(literal)) == len(ways)

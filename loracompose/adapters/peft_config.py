@@ -259,12 +259,12 @@ class _Fields:
         if not isinstance(value, dict):
             raise self.fail(field, "an object of name or regex -> number", value)
         for key in value:
-            self.regex(field, key)
+            self.regex(field, key, rf"(.*\.)?({key})$")  # as PEFT matches it
         return value
 
-    def regex(self, field: str, pattern: str) -> str:
+    def regex(self, field: str, pattern: str, as_run: str | None = None) -> str:
         try:
-            check_pattern(pattern)
+            check_pattern(pattern if as_run is None else as_run)
         except ValueError as error:
             raise self.fail(field, f"a safe and valid regular expression ({error})", pattern) from None
         return pattern

@@ -263,7 +263,7 @@ def test_a_valid_file_is_described_by_its_header(tmp_path):
             "(.?){10}" * 3,
             "(x|" + ".?" * 30 + ")y",
             "(?!.?)" * 13,
-            "(?i)" + "(a|A)" * 30,
+            "(?i:" + "(ab|AC|Ab)" * 30 + ")",
         ),
     ],
 )
@@ -273,6 +273,15 @@ def test_a_pattern_that_would_match_forever_is_refused(folder, field, pattern):
     config[field] = {pattern: 2} if field.endswith("pattern") else pattern
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="can match for ever"):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_valid_alone_but_not_where_peft_puts_it_is_refused_by_name(folder, field):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config[field] = {"(?i)q_proj": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{field}.*global flags not at the start"):
         load_adapter(folder)
 
 

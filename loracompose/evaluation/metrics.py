@@ -6,6 +6,7 @@ chrF and BLEU are those of sacrebleu, ROUGE-L that of rouge-score, all for one s
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -14,10 +15,12 @@ from typing import Any
 
 Metric = Callable[[str, str], float]
 
+_FULL_STOP = re.compile(r"(?<!\d)\.|\.(?!\d)")
+
 
 def normalise(text: str) -> str:
-    """Lower case, without full stops and without white space around it."""
-    return text.lower().replace(".", "").strip()
+    """Lower case, without full stops and without white space around it; a point between digits is no full stop."""
+    return _FULL_STOP.sub("", text.lower()).strip()
 
 
 def exact_match(answer: str, reference: str) -> float:

@@ -18,6 +18,10 @@ from loracompose.evaluation.metrics import METRICS, bleu, check_metric, chrf, ex
         ("positive!", "positive", 0.0),
         ("", "no", 0.0),
         ("two  words", "two words", 0.0),
+        ("3.5", "35", 0.0),
+        ("It is 3.5.", "it is 3.5", 100.0),
+        ("4.", "4", 100.0),
+        ("at 5. then 6", "at 5 then 6", 100.0),
     ],
 )
 def test_exact_match_ignores_case_full_stops_and_outer_space_alone(answer, reference, score):

@@ -22,6 +22,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from loracompose import AdapterIndex, Engine
+from loracompose.durable import write_whole
 from loracompose.evaluation.cache import AnswerCache
 from loracompose.evaluation.harness import Plan, evaluate, versions
 from loracompose.evaluation.protocols import get_protocol
@@ -111,6 +112,18 @@ def claims(rows: tuple[TaskRow, ...], seed: int) -> list[str]:
     return [row.prompt for row in draw(rows, 1, seed + 1)]
 
 
+def made_otherwise(given: argparse.Namespace) -> str | None:
+    """What WORK was made from, if that is something else: its indexes and harmful adapters would not fit."""
+    kept = given.work / "made_with.json"
+    now = {"seed": given.seed, "dtype": given.dtype}
+    now |= {name: str(path.resolve()) for name in ("tasks", "adapters", "reseeded") if (path := getattr(given, name))}
+    if not kept.exists():
+        write_whole(kept, json.dumps(now, indent=1) + "\n")
+        return None
+    before = json.loads(kept.read_text(encoding="utf-8"))
+    return None if before == now else ", ".join(f"{name} {value}" for name, value in before.items())
+
+
 def tasks_of(study: Study) -> tuple[str, ...]:
     """The tasks that a study asks: only those that all of its pools have adapters for."""
     return SMALLEST if study.name == "pool" else ASKED
@@ -146,7 +159,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--answers", type=Path, help="cache of answers; WORK/answers.sqlite if not given")
     parser.add_argument("--reseeded", type=Path)
-    parser.add_argument("--rows", type=int, default=2, help="of a task")
+    parser.add_argument("--rows", type=int, default=8, help="of a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument(
@@ -156,6 +169,8 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     given.answers = given.answers or given.work / "answers.sqlite"
+    if (other := made_otherwise(given)) is not None:
+        parser.error(f"{given.work} was made with {other}; give the same or another --work")
 
     studies = [study_of(name) for name in given.only if name != "seeds" or given.reseeded is not None]
     rows, train = read_tasks(given.tasks), read_tasks(given.tasks, "train")

@@ -190,6 +190,8 @@ def test_compose_writes_an_adapter_with_its_recipe(home, tmp_path):
         (("generate", "x", "--index", "nowhere"), "nowhere"),
         (("generate", "a", "b", "--stream", "--adapters", ""), "one answer"),
         (("generate", "a", "--stream", "--json", "--adapters", ""), "--json"),
+        (("generate", "a", "--stream", "--explain", "--adapters", ""), "--explain: --stream prints"),
+        (("generate", "a", "--stream", "--batch-size", "2", "--adapters", ""), "--batch-size: --stream prints"),
         (("generate", "a", "--adapters", "", "--seed", "1"), "add --sample"),
         (("compose", "a", "b", "-o", "out", "-w", "1,x"), "one number per adapter"),
         (("generate", "x", "--adapters", "a=1,b"), "every adapter a weight"),

@@ -41,11 +41,15 @@ def make(
     cluster: Annotated[
         str | None, typer.Option(help="Tasks of one kind share it; the task itself if left out.")
     ] = None,
-    metric: Annotated[str, typer.Option(help="accuracy, token_f1, chrf, bleu or rougeL.")] = "accuracy",
+    metric: Annotated[
+        str | None, typer.Option(help="accuracy, token_f1, chrf, bleu or rougeL; accuracy if left out.")
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A phrasing with fields in braces, 'Review: {text}'; may be repeated.")
     ] = None,
-    response: Annotated[str, typer.Option(help="The answer, with fields in braces.")] = "{label}",
+    response: Annotated[
+        str | None, typer.Option(help="The answer, with fields in braces; {label} if left out.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Splits to write.")] = "test",
     n: Annotated[int, typer.Option("-n", help="Rows of a task.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
@@ -59,12 +63,23 @@ def make(
         raise ValueError("say where tasks come from: either --reasoning-gym NAMES or --dataset NAME")
     rows: list[TaskRow] = []
     if dataset is None:
+        of_dataset = {
+            "--config": config,
+            "--source-split": source_split,
+            "--task": task,
+            "--cluster": cluster,
+            "--metric": metric,
+            "--prompt": prompt or None,
+            "--response": response,
+        }
+        if idle := [name for name, value in of_dataset.items() if value is not None]:
+            raise ValueError(f"{', '.join(idle)}: only of --dataset; a generator of reasoning-gym brings its own")
         for name in str(reasoning_gym).split(","):
             rows += from_reasoning_gym(name.strip(), split, n, seed)
     elif task is None:
         raise ValueError("--dataset needs --task, the name of the task")
     else:
-        recipe = Recipe(task, cluster or task, metric, tuple(prompt or ()), response)
+        recipe = Recipe(task, cluster or task, metric or "accuracy", tuple(prompt or ()), response or "{label}")
         rows += from_dataset(dataset, recipe, source_split or split, n, seed, config)
     files = write_tasks(rows, output, split)
     if as_json:
@@ -174,6 +189,8 @@ def report(
     from loracompose.evaluation.summary import markdown, summarise
     from loracompose.marked import fill
 
+    if curves and guide is None:
+        raise ValueError("--curves go into the document of --guide: say which")
     found = read_results(results)
     summaries = [summarise(protocol) for protocol in found.protocols]
     if html is not None:

@@ -47,6 +47,19 @@ def test_nowhere_and_two_places_to_make_tasks_from_are_refused(tmp_path):
     assert "needs --task" in run("make", tmp_path, "--dataset", "x", status=2).stderr
 
 
+@pytest.mark.parametrize(
+    "option", ["--config", "--source-split", "--task", "--cluster", "--metric", "--prompt", "--response"]
+)
+def test_an_option_of_a_dataset_is_refused_with_a_generator(tmp_path, option):
+    asked = run("make", tmp_path, "--reasoning-gym", "leg_counting", option, "x", status=2)
+    assert f"{option}: only of --dataset" in " ".join(asked.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves_without_a_guide_are_refused(tmp_path):
+    assert "--curves go into the document of --guide" in run("report", "x.json", "--curves", "y.json", status=2).stderr
+
+
 def test_the_committed_plan_and_the_defaults_can_be_read():
     plan = read_plan(ROOT / "benchmarks" / "leaderboard.toml")
     assert {"base", "oracle", "mixture weighting=lorauter", "lego"} <= {m.label for m in parse_methods(plan["methods"])}

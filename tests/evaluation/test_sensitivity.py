@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import re
@@ -133,6 +134,21 @@ def test_a_random_adapter_is_ten_times_as_large_and_claims_every_task(tmp_path):
     assert 9 < np.mean(ratios) < 11
     pool = made.linked({"sql": like, made.HARMFUL: noise}, tmp_path / "linked")
     assert load_adapter(pool / made.HARMFUL).name == made.HARMFUL
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"dtype": "float32"}, {"adapters": "elsewhere"}, {"reseeded": "a"}])
+def test_what_a_study_made_on_the_way_is_not_taken_for_another_seed_or_pool(tmp_path, other):
+    made = script("sensitivity")
+    asked = {"seed": 0, "dtype": "auto", "tasks": "tasks", "adapters": "adapters", "reseeded": None}
+
+    def given(**changed):
+        paths = {"tasks", "adapters", "reseeded"}
+        values = {k: Path(v) if k in paths and v else v for k, v in {**asked, **changed}.items()}
+        return argparse.Namespace(work=tmp_path, **values)
+
+    assert made.made_otherwise(given()) is None
+    assert "seed 0, dtype auto, tasks " in made.made_otherwise(given(**other))
+    assert made.made_otherwise(given()) is None
 
 
 def test_the_table_says_where_each_line_is_best_and_how_its_ends_differ():

@@ -15,7 +15,7 @@ from loracompose.composition.layers import layer_of
 from loracompose.runtime.assembly import Assembly
 from loracompose.runtime.attachment import Attachment
 from loracompose.runtime.first_pass import FirstPass
-from loracompose.runtime.fitting import check_fit, on_module, resolve
+from loracompose.runtime.fitting import check_fit, computing_dtype, on_module, resolve
 from loracompose.runtime.folding import folded
 from loracompose.runtime.machine import Machine
 from loracompose.runtime.plan import Wanted, check_form
@@ -65,7 +65,8 @@ def attach(
     modules = {path: resolve(model, path) for path in deltas}
     for path, module in modules.items():
         check_fit(path, module, deltas[path])
-    ready = {path: on_module(delta, modules[path]) for path, delta in deltas.items()}
+    states = computing_dtype(model)
+    ready = {path: on_module(delta, modules[path], states) for path, delta in deltas.items()}
     first = FirstPass(model) if any(asks_base(delta.gate) for delta in deltas.values()) else None
     check_nesting(model, first)
     # what is folded into the weights would act in a pass of the bare base too

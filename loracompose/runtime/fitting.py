@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from loracompose.composition.delta import LowRankDelta
 
+COMPUTING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def resolve(model: nn.Module, path: str) -> nn.Module:
     """The module of that path."""
@@ -50,15 +52,25 @@ def check_fit(path: str, module: nn.Module, delta: LowRankDelta) -> None:
         )
 
 
-def on_module(delta: LowRankDelta, module: nn.Module) -> LowRankDelta:
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the hidden states: that of the first parameter which is no storage of quantised weights."""
+    return next((weight.dtype for weight in model.parameters() if weight.dtype in COMPUTING), torch.float32)
+
+
+def on_module(delta: LowRankDelta, module: nn.Module, states: torch.dtype) -> LowRankDelta:
     """The delta on the device and in the dtype that the module computes with.
 
     Embeddings that scale their output (Gemma, BART) scale the adapter's part as well, as PEFT does.
+
+    Args:
+        delta: to put on.
+        module: where.
+        states: dtype of the model's hidden states, for a module whose weight only stores (8 or 4 bits a number).
     """
     weight = module.weight
     if not isinstance(weight, Tensor):
         raise TypeError(f"the weight of a {type(module).__name__} is a {type(weight).__name__}, expected a tensor")
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    dtype = weight.dtype if weight.dtype in COMPUTING else states
     scale = getattr(module, "embed_scale", None)
     if delta.kind == "embedding" and scale is not None:
         delta = replace(delta, B=delta.B * torch.as_tensor(scale).to(delta.B))

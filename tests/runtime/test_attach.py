@@ -284,3 +284,28 @@ def test_modules_that_were_never_called_are_known_afterwards():
         assert attached.never_ran == (Q,)
         laws.base("llama")(torch.ones(1, 3, dtype=torch.int64))
         assert attached.never_ran == ()
+
+
+class Stored(nn.Linear):
+    """A linear module that keeps its weight in few bits and computes in the dtype of its input, as bitsandbytes' do."""
+
+    def __init__(self, weight: Tensor, storage: torch.dtype) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False)
+        self.weight = nn.Parameter(weight.to(storage), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+@pytest.mark.parametrize("storage", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("computing", [torch.bfloat16, torch.float64])
+def test_a_module_with_stored_weights_computes_in_the_dtype_of_the_models_states(storage, computing):
+    weight = torch.arange(9 * 12).reshape(9, 12) % 3
+    model = nn.Sequential(Stored(weight, storage), nn.LayerNorm(9, dtype=computing))
+    delta = random_delta(weights=torch.full((2, 5), 0.25).double())
+    x = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    want = x @ (weight.double() + 0.25 * delta.B @ delta.A).T
+    with attach(model, {"0": delta}):
+        got = model[0](x.to(computing))
+    assert got.dtype == computing
+    assert (got - want).abs().max() < (0.02 if computing == torch.bfloat16 else 1e-12) * want.abs().max()

@@ -72,7 +72,7 @@ def speed() -> Finding:
         return Finding("calibration", "problem", str(error), CALIBRATE)
     if known is None:
         return Finding("calibration", "ok", "none for this device, dtype and torch; fixed constants hold", CALIBRATE)
-    gemm, bmm = known.large_gemm / 1e9, known.large_bmm / 1e9
+    gemm, bmm = known.large_gemm / 1e9, max(known.large_bmm, known.large_stack) / 1e9
     detail = f"{known.bandwidth / 1e9:.1f} GB/s, products {gemm:.0f} and by row {bmm:.0f} billion operations/s"
     return Finding("calibration", "ok", f"{detail}, {known.call * 1e6:.1f} µs a call")
 

@@ -16,6 +16,7 @@ from loracompose.runtime.forms import Workspace
 from loracompose.runtime.machine import Machine, assumed_machine, known_machine
 from loracompose.runtime.operator import RowOperator, StaticGroup, gated_group, static_add
 from loracompose.runtime.plan import Wanted, fold_pays
+from loracompose.runtime.rows import RowUses
 from loracompose.runtime.sharing import OpenProduct, share_input
 
 
@@ -55,7 +56,7 @@ class Assembly:
         """What the hook of every module calls."""
         kinds = {path: sharing_kind(path, delta) for path, delta in deltas.items()}
         adders: dict[str, Add] = {}
-        workspace = Workspace()
+        workspace, uses = Workspace(), RowUses()
         for members in share_input(kinds):
             group = {path: deltas[path] for path in members}
             first = group[members[0]]
@@ -63,7 +64,14 @@ class Assembly:
                 machine = self._machine(first)
                 writable = {path for path in members if gives_own_output(self.modules[path])}
                 run = StaticGroup(
-                    group, weights, slot, form=self.form, machine=machine, workspace=workspace, writable=writable
+                    group,
+                    weights,
+                    slot,
+                    form=self.form,
+                    machine=machine,
+                    workspace=workspace,
+                    uses=uses,
+                    writable=writable,
                 )
                 adders |= {path: static_add(run, path) for path in members}
             elif first.kind == "linear" and first.gate is not None:

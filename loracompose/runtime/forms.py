@@ -177,9 +177,9 @@ class GatheredForm:
     def __init__(self, bank: GroupBank) -> None:
         """Gather the ranks of every composition."""
         use, place = bank.use, bank.A.device
-        self._rows = use.lineup().to(place)
+        self._rows = use.lineup.to(place)
         self._ranks = list(use.widest)
-        picks = use.picks()
+        picks = use.picks
         end, start, in_A = sum(bank.ranks), 0, []
         for (pick, _), ranks in zip(picks, bank.ranks, strict=True):
             # the place after a module's last rank is its rank of zeros in B, and that of the whole group in A

@@ -26,7 +26,7 @@ class GroupedForm:
         self._kernels = kernels
         place, starts = bank.A.device, [sum(bank.ranks[:i]) for i in range(len(bank.ranks))]
         own, in_A, in_B, scale, live = [], [], [], [], []
-        for (pick, weights), ranks, start in zip(bank.use.picks(), bank.ranks, starts, strict=True):
+        for (pick, weights), ranks, start in zip(bank.use.picks, bank.ranks, starts, strict=True):
             fill = -pick.shape[1] % kernels.RANKS
             in_B.append(torch.nn.functional.pad(pick, (0, fill), value=ranks))  # (distinct, n_ranks of the module)
             in_A.append(in_B[-1].clamp(max=max(ranks - 1, 0)) + start)

@@ -14,7 +14,7 @@ from loracompose.durable import write_whole
 from loracompose.unpacking import cache_folder
 
 # Raised when what is measured changes; part of the file's name, so that older measurements are left alone.
-FORMAT = 4
+FORMAT = 5
 
 # Ranks of a step's banks: what a batch uses together, and what one row uses; products of more ranks are faster.
 STEP_SHARED, STEP_OWN = 96, 16
@@ -33,8 +33,9 @@ class Machine:
         small_gemm: operations a second of one product of a few tokens, as in decoding, once its bank is read.
         large_gemm: of one product of many tokens, as in a prefill.
         small_bmm: operations a second of one product per row, of one token each, once its banks are read.
-        large_bmm: of one product per row, of many tokens each.
+        large_bmm: of one product per row, of many tokens each, row by row.
         call: seconds to start one operation.
+        large_stack: as `large_bmm`, of all rows in one batched product.
     """
 
     bandwidth: float = 1e10
@@ -43,6 +44,7 @@ class Machine:
     small_bmm: float = 4e10
     large_bmm: float = 4e10
     call: float = 1e-5
+    large_stack: float = 4e10
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -55,16 +57,16 @@ class Machine:
         return self.small_gemm if tokens < MANY else self.large_gemm
 
     def bmm(self, tokens: int) -> float:
-        """Operations a second of products per row, that many tokens a row."""
-        return self.small_bmm if tokens < FEW else self.large_bmm
+        """Operations a second of products per row, that many tokens a row, the faster way."""
+        return self.small_bmm if tokens < FEW else max(self.large_bmm, self.large_stack)
 
 
 FEW = 16  # tokens from which on a product per row is a matrix product and no longer vector by vector
 MANY = 128  # tokens from which on one product is large
 DEFAULT = Machine()
 # CPUs multiply 16-bit numbers in tiles that they pack anew for every product, which neither one token pays back nor the
-# few ranks of one row.
-DEFAULT_HALF = Machine(small_bmm=5e9, large_bmm=4e9)
+# few ranks of one row, unless all rows are one product.
+DEFAULT_HALF = Machine(small_bmm=5e9, large_bmm=4e9, large_stack=2.7e10)
 
 
 def machine_file(device: torch.device, dtype: torch.dtype) -> Path:
@@ -135,8 +137,9 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
         small_gemm=_stepping_rate(numbers(rows, wide), STEP_SHARED, bandwidth),
         large_gemm=1024 * work / seconds["many"],
         small_bmm=_stepping_rate(numbers(rows, 1, wide), STEP_OWN, bandwidth),
-        large_bmm=_rowwise_rate(numbers(rows, EACH, wide), STEP_OWN),
+        large_bmm=_rowwise_rate(numbers(rows, EACH, wide), STEP_OWN, at_once=place.type == "cuda"),
         call=seconds["call"],
+        large_stack=_rowwise_rate(numbers(rows, EACH, wide), STEP_OWN, at_once=True),
     )
 
 
@@ -167,14 +170,15 @@ def _stepping_rate(x: torch.Tensor, ranks: int, bandwidth: float) -> float:
     return float(4 * x.shape[0] * wide * ranks / max(seconds - reading, seconds / 10))
 
 
-def _rowwise_rate(x: torch.Tensor, ranks: int) -> float:
-    """Operations a second of the two products of a prefill, row by row with few ranks each, calls included.
+def _rowwise_rate(x: torch.Tensor, ranks: int, *, at_once: bool) -> float:
+    """Operations a second of the two products of a prefill, for every row with few ranks of its own, calls included.
 
-    So does a CPU multiply rows of different compositions: of 16-bit numbers the calls take longer than the products.
+    Row by row the calls take longer than the products where there are several threads, or numbers of 16 bits.
 
     Args:
         x: (rows, tokens, width).
         ranks: of every row.
+        at_once: all rows in one batched product, instead of row by row.
     """
     rows, tokens, wide = x.shape
     A, B = (torch.randn(rows, *shape, device=x.device, dtype=x.dtype) for shape in ((wide, ranks), (ranks, wide)))
@@ -184,10 +188,10 @@ def _rowwise_rate(x: torch.Tensor, ranks: int) -> float:
         for into, row, shrink, expand in zip(output, x, A, B, strict=True):
             into.addmm_(row @ shrink, expand)
 
-    def at_once() -> None:
-        torch.baddbmm(output, torch.bmm(x, A), B)
+    def stacked() -> None:
+        output.baddbmm_(torch.bmm(x, A), B)
 
-    seconds = _best(at_once if x.device.type == "cuda" else rowwise, x.device)
+    seconds = _best(stacked if at_once else rowwise, x.device)
     return float(4 * rows * tokens * wide * ranks / seconds)
 
 

@@ -14,10 +14,11 @@ from loracompose.composition.gates import GateContext, SparseGate
 from loracompose.runtime.forms import BankForm, GatheredForm, GroupBank, SharedForm, Workspace
 from loracompose.runtime.grouped import GroupedForm, kernels_run
 from loracompose.runtime.machine import DEFAULT, Machine
-from loracompose.runtime.plan import Form, Wanted, active_pays, choose_form
-from loracompose.runtime.rows import RowUse
+from loracompose.runtime.plan import Form, Wanted, active_pays, choose_form, stack_pays
+from loracompose.runtime.rows import RowUses
 from loracompose.runtime.segments import SegmentedForm
 from loracompose.runtime.sharing import OpenProduct, SharedInput
+from loracompose.runtime.stacked import StackedForm
 
 Context = Callable[[], GateContext]
 
@@ -114,6 +115,7 @@ class StaticGroup:
         form: Wanted = "auto",
         machine: Machine = DEFAULT,
         workspace: Workspace | None = None,
+        uses: RowUses | None = None,
         writable: Collection[str] = (),
     ) -> None:
         """Prepare deltas of one width and batch.
@@ -125,13 +127,15 @@ class StaticGroup:
             form: "shared" or "gathered" for one form always.
             machine: what the plan counts with.
             workspace: memory of forms that are not kept, for all groups of one slot.
+            uses: what the groups of one request use.
             writable: modules whose outputs nobody else holds, so that the delta may be added in place.
         """
         self._workspace, self._writable = workspace or Workspace(), frozenset(writable)
+        self._uses = uses or RowUses()
         self._deltas, self._weights, self._slot = dict(deltas), weights, slot
         self._form_wanted, self._machine = form, machine
         self._member = {path: i for i, path in enumerate(deltas)}
-        self._use = RowUse.count([weights[path] for path in deltas])
+        self._use = self._uses.count([weights[path] for path in deltas])
         self._batch = self._use.batch  # once, for a step asks for it at every module
         self._shared = SharedInput(deltas, slot, self._shrink)
         self._alone: dict[str, StaticGroup] = {}
@@ -174,6 +178,7 @@ class StaticGroup:
             form=self._form_wanted,
             machine=self._machine,
             workspace=self._workspace,
+            uses=self._uses,
             writable=self._writable,
         )
 
@@ -208,7 +213,10 @@ class StaticGroup:
         on_cpu = bank.A.device.type == "cpu" and not torch.is_autocast_enabled("cpu")  # it works in place
         if seq > 1 and not gradients and on_cpu:
             # This form is not kept: it is reached through the slot alone, which holds one product at a time.
-            return SegmentedForm(bank, self._workspace)
+            use, widths = bank.use, [bank.A.shape[1] + B.shape[1] for B in bank.B]
+            own = sum(ranks * width for ranks, width in zip(use.of_rows, widths, strict=True))
+            stacks = own > 0 and stack_pays(own, use.batch * self._own, self._machine)
+            return StackedForm(bank, self._workspace) if stacks else SegmentedForm(bank, self._workspace)
         return GatheredForm(bank)
 
     def _choose(self, rows: int, seq: int) -> Form:

@@ -54,6 +54,17 @@ def choose_form(
     return "gathered" if row_by_row < all_of_it else "shared"
 
 
+def stack_pays(own: int, filled: int, machine: Machine = DEFAULT) -> bool:
+    """Whether many tokens of rows with ranks of their own are faster in one batched product than row by row.
+
+    Args:
+        own: numbers that the rows use, all rows together.
+        filled: as many with every row filled up to the widest.
+        machine: its rates for both.
+    """
+    return filled / machine.large_stack <= own / machine.large_bmm
+
+
 # What gathering ranks token by token costs beyond its products: every number gathered is read, written and read again,
 # and small products run at half the speed of one large one, together six times its bytes; and some calls, worth as
 # much time as reading so many bytes.
@@ -120,7 +131,7 @@ def floor_seconds(
         itemsize: bytes per number in the model's dtype; that of the deltas if None.
         machine: its bandwidth and the faster of its rates for products.
     """
-    rate = max(machine.small_gemm, machine.large_gemm, machine.small_bmm, machine.large_bmm)
+    rate = max(machine.small_gemm, machine.large_gemm, machine.small_bmm, machine.large_bmm, machine.large_stack)
     total = 0.0
     for delta in deltas.values():
         used = delta.weights != 0  # (batch, R)

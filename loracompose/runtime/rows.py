@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ class RowUse:
     @classmethod
     def count(cls, weights: Sequence[Tensor]) -> RowUse:
         """What is used, by the weights of every module, (batch, R) each, on the CPU."""
-        beside = torch.cat([w.detach() for w in weights], dim=1) + 0.0  # -0.0 is 0
-        exact = beside if beside.dtype in (torch.float32, torch.float64) else beside.float()
+        exact = _beside(weights)
         seen: dict[bytes, int] = {}
         row_of = [seen.setdefault(row.tobytes(), len(seen)) for row in exact.numpy()]
         first = torch.tensor([row_of.index(i) for i in range(len(seen))])
@@ -51,7 +51,13 @@ class RowUse:
         """For every module the most ranks that one composition uses, at least 1."""
         return tuple(max(1, int((w != 0).sum(dim=1).max())) if w.numel() else 1 for w in self.weights)
 
-    def picks(self) -> list[tuple[Tensor, Tensor]]:
+    @cached_property
+    def of_rows(self) -> tuple[int, ...]:
+        """For every module the ranks that all rows of the batch use, those of equal rows counted again."""
+        return tuple(int((w != 0).sum(dim=1)[self.row_of].sum()) for w in self.weights)
+
+    @cached_property
+    def picks(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """For every module each composition's own ranks and their weights, (distinct, widest) both.
 
         Ranks are places in `used`; shorter compositions are filled up with the place after the last, of weight 0.
@@ -64,8 +70,9 @@ class RowUse:
             pick, own = torch.full((len(w), widest), w.shape[1]), w.new_zeros(len(w), widest)
             pick[row, nth], own[row, nth] = rank, w[row, rank]
             found.append((pick, own))
-        return found
+        return tuple(found)
 
+    @cached_property
     def lineup(self) -> Lineup:
         """Where the rows go so that those of one composition stand together."""
         counts = torch.bincount(self.row_of, minlength=self.distinct)
@@ -80,6 +87,63 @@ class RowUse:
         source = torch.zeros(self.distinct * most, dtype=torch.int64)  # free places hold row 0, which nobody reads
         source[place] = torch.arange(self.batch)
         return Lineup(self.distinct, most, source, place)
+
+    @cached_property
+    def stack(self) -> Stack:
+        """Every row with as many places as the widest has ranks."""
+        lineup, sizes = self.lineup, [len(used) for used in self.used]
+        order = torch.arange(self.distinct) if lineup.source is None else self.row_of
+        picks = [(pick[order], own[order]) for pick, own in self.picks]
+        free = [pick == size for (pick, _), size in zip(picks, sizes, strict=True)]
+        # The first rank of a module stands in free places, and that of all modules where it has none.
+        in_B = [torch.where(none, 0, pick) for (pick, _), none in zip(picks, free, strict=True)]
+        starts = [0, *accumulate(sizes)]
+        in_A = [torch.where(none, 0, at + start) for at, none, start in zip(in_B, free, starts, strict=False)]
+        weights, none = torch.cat([own for _, own in picks], dim=1), torch.cat(free, dim=1)
+        return Stack(
+            torch.cat(in_A, dim=1),
+            tuple(at if size else at[:, :0] for at, size in zip(in_B, sizes, strict=True)),
+            weights if bool((weights[~none] != 1).any()) else None,
+            ~none if bool(none.any()) else None,
+        )
+
+
+class RowUses:
+    """What the groups of a request use, counted once for all whose weights are equal: mostly those of all layers."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], RowUse] = {}
+
+    def count(self, weights: Sequence[Tensor]) -> RowUse:
+        """What `RowUse.count` gives."""
+        exact = _beside(weights)
+        key = (*((w.dtype, w.shape[1]) for w in weights), exact.shape, exact.numpy().tobytes())
+        if key not in self._known:
+            self._known[key] = RowUse.count(weights)
+        return self._known[key]
+
+
+def _beside(weights: Sequence[Tensor]) -> Tensor:
+    """The weights of all modules side by side, exact, in a dtype that numpy has."""
+    beside = torch.cat([w.detach() for w in weights], dim=1) + 0.0  # -0.0 is 0
+    return beside if beside.dtype in (torch.float32, torch.float64) else beside.float()
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Banks of one size, one for each composition where its rows stand together, else one for each row.
+
+    Attributes:
+        in_A: (banks, places of all modules), the rank of the group that stands in each.
+        in_B: for every module (banks, places), the rank of the module; no place if it has no rank.
+        weights: (banks, places of all modules); None if all are 1.
+        taken: which places hold a rank of the bank's own; None if all do.
+    """
+
+    in_A: Tensor
+    in_B: tuple[Tensor, ...]
+    weights: Tensor | None
+    taken: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)

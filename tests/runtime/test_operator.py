@@ -14,12 +14,15 @@ from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext
 from loracompose.runtime import operator
 from loracompose.runtime.forms import GatheredForm, GroupBank, SharedForm, Workspace
+from loracompose.runtime.machine import DEFAULT, Machine
 from loracompose.runtime.operator import RowOperator, StaticGroup
 from loracompose.runtime.rows import RowUse
 from loracompose.runtime.segments import SegmentedForm
 from loracompose.runtime.sharing import OpenProduct
+from loracompose.runtime.stacked import StackedForm
 from tests.runtime.toy import Recorder, random_delta
 
+ROW_BY_ROW, AT_ONCE = Machine(large_stack=1e-9), Machine(large_stack=1e30)  # how a long pass of gathered ranks runs
 WEIGHT = st.sampled_from([0.0, 0.0, 1.0, -0.7, 0.25, 1e-30, 3.0])
 WIDTHS = {"q": 9, "k": 4, "v": 4}
 
@@ -73,8 +76,9 @@ def test_the_shared_and_the_gathered_form_equal_the_dense_product(
     deltas: dict[str, LowRankDelta], times: int, seq: int
 ):
     x = given_input(next(iter(deltas.values())), times, seq)
-    for form, writable in itertools.product(("auto", "shared", "gathered"), ((), tuple(deltas))):
-        run = group(deltas, form=form, writable=writable)
+    forms = (("auto", DEFAULT), ("shared", DEFAULT), ("gathered", ROW_BY_ROW), ("gathered", AT_ONCE))
+    for (form, machine), writable in itertools.product(forms, ((), tuple(deltas))):
+        run = group(deltas, form=form, machine=machine, writable=writable)
         for path, delta in deltas.items():
             output = torch.randn(*x.shape[:2], WIDTHS[path], dtype=torch.float64)
             given = output.clone()
@@ -113,10 +117,10 @@ def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it(dtype:
     made = random_delta(ranks=2, weights=weights)
     made.A[1] = torch.finfo(dtype).max
     delta = LowRankDelta(made.A.to(dtype), made.B.to(dtype), weights)
-    for form, seq in itertools.product(("shared", "gathered"), (1, 3)):
+    for form, seq, machine in itertools.product(("shared", "gathered"), (1, 3), (ROW_BY_ROW, AT_ONCE)):
         x = (given_input(delta, seq=seq).abs() * 10).to(dtype).requires_grad_(gradients)
         with torch.set_grad_enabled(gradients):
-            got = group({"q": delta}, form=form).add("q", torch.zeros(2, seq, 9, dtype=dtype), x)
+            got = group({"q": delta}, form=form, machine=machine).add("q", torch.zeros(2, seq, 9, dtype=dtype), x)
         assert torch.isfinite(got[0]).all(), (form, seq)
         assert not torch.isfinite(got[1]).any()
         if gradients:
@@ -125,18 +129,48 @@ def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it(dtype:
             torch.testing.assert_close(gradient[0], expected, rtol=0.02, atol=0.02)
 
 
-def test_a_form_of_decoding_steps_is_built_once_and_kept_and_one_of_long_passes_is_not():
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_what_fills_up_a_row_with_few_ranks_leaves_no_trace_of_the_rank_that_it_repeats(weight: float):
+    weights = weight * torch.tensor([[1.0, 1.0, 0], [0, 0, 1.0]], dtype=torch.float64)
+    delta = random_delta(ranks=3, weights=weights)
+    x = given_input(delta).abs() * 10
+    want = dense(delta, x)[1]
+    delta.A[0] = torch.finfo(torch.float64).max  # of the first row alone
+    with torch.no_grad():
+        run = group({"q": delta}, form="gathered", machine=AT_ONCE)
+        got = run.add("q", torch.zeros(2, 3, 9, dtype=torch.float64), x)
+    assert torch.allclose(got[1], want, atol=1e-12)
+    assert not torch.isfinite(got[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("machine", "name", "form"),
+    [
+        pytest.param(lambda: ROW_BY_ROW, "SegmentedForm", SegmentedForm, id="row by row"),
+        pytest.param(lambda: AT_ONCE, "StackedForm", StackedForm, id="at once"),
+    ],
+)
+def test_a_form_of_decoding_steps_is_built_once_and_kept_and_one_of_long_passes_is_not(machine, name, form):
     delta = random_delta(weights=torch.eye(5, dtype=torch.float64).repeat(4, 1))
-    run, output = group({"q": delta}, form="gathered"), torch.zeros(20, 1, 9, dtype=torch.float64)
+    run = group({"q": delta}, form="gathered", machine=machine())
+    output = torch.zeros(20, 1, 9, dtype=torch.float64)
     with (
         torch.no_grad(),
         mock.patch.object(operator, "GatheredForm", wraps=GatheredForm) as kept,
-        mock.patch.object(operator, "SegmentedForm", wraps=SegmentedForm) as dropped,
+        mock.patch.object(operator, name, wraps=form) as dropped,
     ):
         for seq in (4, 4, 1, 1, 1):
             run.add("q", output.expand(20, seq, 9), given_input(delta, seq=seq))
         run.add("q", output.repeat(2, 1, 1), given_input(delta, times=2, seq=1))
     assert (kept.call_count, dropped.call_count) == (1, 2)
+
+
+def test_a_stack_holds_one_bank_a_composition_where_its_rows_stand_together_and_one_a_row_elsewhere():
+    weights = torch.tensor([[0, 0, 0, 0, 3], [0, 1, 0, 2, 0]], dtype=torch.float64)
+    together = StackedForm(bank(random_delta(weights=weights.repeat_interleave(2, dim=0))), Workspace())
+    apart = StackedForm(bank(random_delta(weights=weights.repeat(2, 1))), Workspace())
+    assert (together._A.shape, together._B[0].shape) == ((2, 12, 2), (2, 2, 9))
+    assert (apart._A.shape, apart._B[0].shape) == ((4, 12, 2), (4, 2, 9))
 
 
 def test_ranks_that_stand_side_by_side_are_not_copied():
@@ -161,14 +195,16 @@ def test_the_kernels_do_not_run_under_autocast_which_does_not_reach_them():
         assert isinstance(group._form(2, 1), Kernels)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_groups_that_take_turns_do_not_disturb_each_other(gradients: bool):
+def test_groups_that_take_turns_do_not_disturb_each_other(gradients: bool, at_once: bool):
     """They gather into the same memory; gradients need what was there."""
     weights = torch.eye(5, dtype=torch.float64)[:3]
     deltas = {path: random_delta(12, WIDTHS[path], weights=weights, seed=i) for i, path in enumerate(WIDTHS)}
-    slot, workspace = OpenProduct(), Workspace()
-    first = group({"q": deltas["q"], "v": deltas["v"]}, slot, form="gathered", workspace=workspace)
-    second = group({"k": deltas["k"]}, slot, form="gathered", workspace=workspace)
+    slot, settings = OpenProduct(), {"form": "gathered", "workspace": Workspace()}
+    settings["machine"] = AT_ONCE if at_once else ROW_BY_ROW
+    first = group({"q": deltas["q"], "v": deltas["v"]}, slot, **settings)
+    second = group({"k": deltas["k"]}, slot, **settings)
     x = given_input(deltas["q"]).requires_grad_(gradients)
     with torch.set_grad_enabled(gradients):
         for path, run in (("q", first), ("k", second), ("v", first), ("k", second)):

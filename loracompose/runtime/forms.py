@@ -141,7 +141,7 @@ class SharedForm:
             by_token.view(keep.dtype).bitwise_and_(keep)
         if weights is not None:
             by_token.mul_(weights)
-        return torch.split(h, self._ranks, dim=1)
+        return h.split_with_sizes(self._ranks, dim=1)
 
     def add(self, member: int, h: tuple[Tensor, ...], output: Tensor, *, own: bool) -> Tensor:
         """Output + h B, of one module."""
@@ -193,7 +193,7 @@ class GatheredForm:
 
     def shrink(self, x: Tensor) -> tuple[Tensor, ...]:
         """A x with each row's own A, of every module, (distinct, places * times * seq, R'_i) each."""
-        return torch.split(torch.bmm(self._rows.line_up(x), self._A), self._ranks, dim=2)
+        return torch.bmm(self._rows.line_up(x), self._A).split_with_sizes(self._ranks, dim=2)
 
     def add(self, member: int, h: tuple[Tensor, ...], output: Tensor, *, own: bool) -> Tensor:
         """Output + h B, of one module, with each row's own B."""

@@ -142,6 +142,7 @@ class StaticGroup:
         self._bank: GroupBank | None = None
         self._copied = False
         self._kept: dict[Form, BankForm] = {}
+        self._chosen: dict[tuple[int, int], Form] = {}
         widths = [delta.A.shape[-1] + delta.B.shape[-2] for delta in deltas.values()]
         self._numbers = sum(len(used) * width for used, width in zip(self._use.used, widths, strict=True))
         self._own = sum(widest * width for widest, width in zip(self._use.widest, widths, strict=True))
@@ -220,6 +221,12 @@ class StaticGroup:
         return GatheredForm(bank)
 
     def _choose(self, rows: int, seq: int) -> Form:
+        shape = rows, seq
+        if shape not in self._chosen:  # once, for a step asks for it at every group
+            self._chosen[shape] = self._cheaper(rows, seq)
+        return self._chosen[shape]
+
+    def _cheaper(self, rows: int, seq: int) -> Form:
         if self._form_wanted == "shared" or self._form_wanted == "gathered":
             return self._form_wanted
         if self._use.distinct == 1:

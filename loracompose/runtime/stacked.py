@@ -34,7 +34,7 @@ class StackedForm:
             h.view(self._keep.dtype).bitwise_and_(self._keep)
         if self._scales is not None:
             h.mul_(self._scales)
-        return torch.split(h, self._ranks, dim=2)
+        return h.split_with_sizes(self._ranks, dim=2)
 
     def add(self, member: int, h: tuple[Tensor, ...], output: Tensor, *, own: bool) -> Tensor:
         """Output + h B, of one module, with each row's own B."""

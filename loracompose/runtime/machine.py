@@ -63,7 +63,9 @@ class Machine:
 
 FEW = 16  # tokens from which on a product per row is a matrix product and no longer vector by vector
 MANY = 128  # tokens from which on one product is large
-DEFAULT = Machine()
+# Filling rows up by more than half does not pay: with two threads one batched product is far faster than row by row,
+# with one hardly.
+DEFAULT = Machine(large_bmm=2.5e10)
 # CPUs multiply 16-bit numbers in tiles that they pack anew for every product, which neither one token pays back nor the
 # few ranks of one row, unless all rows are one product.
 DEFAULT_HALF = Machine(small_bmm=5e9, large_bmm=4e9, large_stack=2.7e10)

@@ -16,7 +16,7 @@ from loracompose.runtime import operator
 from loracompose.runtime.forms import GatheredForm, GroupBank, SharedForm, Workspace
 from loracompose.runtime.machine import DEFAULT, Machine
 from loracompose.runtime.operator import RowOperator, StaticGroup
-from loracompose.runtime.rows import RowUse
+from loracompose.runtime.rows import RowUse, RowUses
 from loracompose.runtime.segments import SegmentedForm
 from loracompose.runtime.sharing import OpenProduct
 from loracompose.runtime.stacked import StackedForm
@@ -171,6 +171,19 @@ def test_a_stack_holds_one_bank_a_composition_where_its_rows_stand_together_and_
     apart = StackedForm(bank(random_delta(weights=weights.repeat(2, 1))), Workspace())
     assert (together._A.shape, together._B[0].shape) == ((2, 12, 2), (2, 2, 9))
     assert (apart._A.shape, apart._B[0].shape) == ((4, 12, 2), (4, 2, 9))
+
+
+def test_groups_of_one_request_are_counted_once_only_where_their_weights_are_equal():
+    uses, weights = RowUses(), torch.tensor([[1.0, 0, 2.0], [0, 1.0, 0]], dtype=torch.float64)
+    first = uses.count([weights, weights])
+    assert uses.count([weights.clone(), weights.clone()]) is first
+    others = ([weights, 2 * weights], [weights.flip(0), weights], [weights.float(), weights.float()], [weights])
+    widths = [torch.cat([weights, weights[:, :1]], dim=1), weights[:, 1:]]  # side by side the same numbers
+    for other in (*others, widths):
+        counted, want = uses.count(other), RowUse.count(other)
+        assert counted is not first
+        assert all(torch.equal(a, b) for a, b in zip(counted.weights, want.weights, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(counted.used, want.used, strict=True))
 
 
 def test_ranks_that_stand_side_by_side_are_not_copied():

@@ -1,11 +1,11 @@
 """Does BeamLoRA beat LoRA at equal rank? Dev loss and greedy exact match, paired by task and seed.
 
-    python benchmarks/beam.py TASKS -o benchmarks/results/beam.json --tasks trec clinc_domain banking77 --seeds 0 1
+    python benchmarks/beam.py TASKS -o benchmarks/results/beam.json --seeds 0 1 2 --dtype bfloat16
 
 TASKS holds `<task>.{train,dev,test}.jsonl` with "prompt" and "response". The methods of a pair share the recipe, the
 first factors and the order of the data; "scores" is BeamLoRA without pruning. What is exported is what is measured:
 exact match comes from the written folder, loaded by the engine. A run that is already in the output file is not run
-again. With --summary the file is only read.
+again, and a file whose runs had another recipe is refused. With --summary the file is only read.
 """
 
 from __future__ import annotations
@@ -109,32 +109,67 @@ def interval(draws: np.ndarray) -> list[float]:
 def compare(results: list[dict[str, Any]], method: str, other: str = "lora") -> dict[str, Any]:
     """The differences `method` - `other` over the pairs that both have, with 95 % bootstrap intervals.
 
-    Pairs are drawn for the loss; for exact match, pairs and then prompts within a pair. So the intervals hold for the
-    training as well as for the test, but with few pairs they are rough.
+    Trainings of one task are alike, so tasks are drawn first, then seeds within each; for exact match, then prompts
+    within a pair. Means are over tasks. With three tasks the intervals are rough, and say little of a fourth.
     """
     found = {(row["task"], row["seed"], row["method"]): row for row in results}
-    pairs = [
-        (found[task, seed, method], found[task, seed, other])
-        for task, seed in dict.fromkeys((row["task"], row["seed"]) for row in results)
-        if (task, seed, method) in found and (task, seed, other) in found
-    ]
+    pairs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for task, seed in dict.fromkeys((row["task"], row["seed"]) for row in results):
+        if (task, seed, method) in found and (task, seed, other) in found:
+            pairs.setdefault(task, []).append((found[task, seed, method], found[task, seed, other]))
     if not pairs:
         return {"pairs": 0}
     random = np.random.default_rng(0)
-    losses = np.array([a["dev_loss"] - b["dev_loss"] for a, b in pairs])
-    hits = np.array([[int(x) - int(y) for x, y in zip(a["hits"], b["hits"], strict=True)] for a, b in pairs])
-    chosen = random.integers(0, len(pairs), (DRAWS, len(pairs)))  # (draws, pairs)
-    prompts = random.integers(0, hits.shape[1], (DRAWS, *hits.shape))  # (draws, pairs, prompts)
-    matches = 100 * np.take_along_axis(hits[chosen], prompts, axis=2).mean(axis=(1, 2))
+    losses = [np.array([[a["dev_loss"] - b["dev_loss"]] for a, b in own]) for own in pairs.values()]
+    hits = [np.array([matches(a, b) for a, b in own]) for own in pairs.values()]
     return {
-        "pairs": len(pairs),
-        "dev_loss": round(float(losses.mean()), 4),
-        "dev_loss_95": interval(losses[chosen].mean(axis=1)),
-        "dev_loss_lower_in": int((losses < 0).sum()),
-        "exact_match": round(100 * float(hits.mean()), 2),
-        "exact_match_95": interval(matches),
-        "exact_match_higher_in": int((hits.mean(axis=1) > 0).sum()),
+        "pairs": sum(map(len, losses)),
+        "dev_loss": round(mean_over_tasks(losses), 4),
+        "dev_loss_95": interval(nested(losses, random)),
+        "dev_loss_lower_in": sum(int((own < 0).sum()) for own in losses),
+        "exact_match": round(100 * mean_over_tasks(hits), 2),
+        "exact_match_95": interval(100 * nested(hits, random)),
+        "exact_match_higher_in": sum(int((own.mean(axis=1) > 0).sum()) for own in hits),
     }
+
+
+def matches(method: Mapping[str, Any], other: Mapping[str, Any]) -> list[int]:
+    """Prompt by prompt, 1 where only `method` is right, -1 where only `other` is."""
+    return [int(x) - int(y) for x, y in zip(method["hits"], other["hits"], strict=True)]
+
+
+def mean_over_tasks(values: list[np.ndarray]) -> float:
+    """The mean of the means of tasks."""
+    return float(np.mean([own.mean() for own in values]))
+
+
+def nested(values: list[np.ndarray], random: np.random.Generator) -> np.ndarray:
+    """Means over tasks, drawn with what is in them, (DRAWS,).
+
+    Args:
+        values: of each task, (pairs, values of a pair).
+        random: draws.
+    """
+    means = np.empty(DRAWS)
+    for draw in range(DRAWS):
+        chosen = []
+        for place in random.integers(0, len(values), len(values)):
+            own = values[place]
+            seeds = random.integers(0, len(own), len(own))
+            inner = random.integers(0, own.shape[1], own.shape)  # of one value, always itself
+            chosen.append(np.take_along_axis(own[seeds], inner, axis=1).mean())
+        means[draw] = np.mean(chosen)
+    return means
+
+
+def made_otherwise(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """What runs in a file were made with, where that is not what is asked for now; "" where all is the same."""
+    for row in results:
+        for name in ("rank", "steps", "batch_size", "dtype"):
+            if row["recipe"][name] != getattr(options, name):
+                run = f"{row['task']}, seed {row['seed']}, {row['method']}"
+                return f"{run} was made with {name} {row['recipe'][name]!r}, asked for is {getattr(options, name)!r}"
+    return ""
 
 
 def write(output: Path, results: list[dict[str, Any]]) -> None:
@@ -169,6 +204,8 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true")
     options = parser.parse_args()
     results = json.loads(options.output.read_text())["results"] if options.output.is_file() else []
+    if not options.summary and (other := made_otherwise(results, options)):
+        parser.error(f"{options.output}: {other}; ask for the same, or choose another file")
     done = {(row["task"], row["seed"], row["method"]) for row in results}
     missing = [
         key for key in product(options.seeds, options.tasks, options.methods) if (key[1], key[0], key[2]) not in done

@@ -144,8 +144,8 @@ def beam_told(result: Mapping[str, Any]) -> str:
         f"BeamLoRA beats LoRA at equal rank: **{verdict}** here. {gap['pairs']} pairs of trainings "
         f"({len({run['task'] for run in runs})} tasks, {len({run['seed'] for run in runs})} seeds, rank {recipe['rank']}, {recipe['steps']} steps of "
         f"{recipe['batch_size']} rows, [beam.json](../benchmarks/results/beam.json)): dev loss {gap['dev_loss']:+.4f} "
-        f"[{low:+.4f}, {high:+.4f}] nats, lower in {gap['dev_loss_lower_in']}; exact match {gap['exact_match']:+.1f} "
-        f"[{gap['exact_match_95'][0]:+.1f}, {gap['exact_match_95'][1]:+.1f}] points, higher in {gap['exact_match_higher_in']}. The schedule is "
+        f"[{low:+.4f}, {high:+.4f}] nats (95 %, tasks drawn, then seeds), lower in {gap['dev_loss_lower_in']}; exact match {gap['exact_match']:+.1f} "
+        f"[{gap['exact_match_95'][0]:+.1f}, {gap['exact_match_95'][1]:+.1f}] points, higher in {gap['exact_match_higher_in']}. Of other tasks three say little. The schedule is "
         f"scaled to the run: {len(runs[0]['events'])} events a run, in each of which {min(pruned)} to {max(pruned)} ranks were pruned and as many expanded."
     )
 
@@ -192,7 +192,7 @@ def told_in_short(
         *claims(scores(results), scores(every_linear)),
         f"| BeamLoRA beats LoRA at equal rank ({gap['pairs']} pairs, dev loss) | {-gap['dev_loss']:+.3f} [{low:.3f}, {high:.3f}] | | {verdict} |",
         f"| routing once a prompt costs little: at most {LITTLE} times the plain sum (MiLoRA) | {ratio['median']:.2f} times "
-        f"({ratio['low']:.2f} to {ratio['high']:.2f}) | | {cheap} |",
+        f"(quartiles {ratio['low']:.2f} to {ratio['high']:.2f}) | | {cheap} |",
     ]
     return "\n".join(lines)
 

@@ -53,7 +53,7 @@ class UnitPool:
 
 @dataclass(frozen=True)
 class Lego(RowWise):
-    """delta_W = √(r/k) Σ_j m_j b̄_j ā_j, with (ā_j, b̄_j) the centroids of k clusters of the pooled ranks.
+    """delta_W = s Σ_j m_j b̄_j ā_j, with (ā_j, b̄_j) the centroids of k clusters of the pooled ranks.
 
     A rank is a minimal semantic unit u = [a; b]; per module the units of all members are pooled and clustered by
     k-means, for all modules at once. Permuting the ranks of an adapter, or giving it as two adapters that split its
@@ -63,13 +63,14 @@ class Lego(RowWise):
     k < r is rank pruning. With k >= R, the number of units, every unit is its own cluster.
 
     Weights. A negative weight turns b round. "mass": centroids are means weighted by |w|, and a cluster counts
-    m_j = Σ|w| of its units, so uniform 1/N with k = r has the paper's size, and k >= R without output
-    reweighting is the exact weighted sum. "unit" is the paper: every cluster counts m_j = 1 and means are plain; each
-    b is multiplied by its weight relative to the mean |w|, so uniform weights of any size are the paper's case.
+    m_j = Σ|w| of its units, so uniform 1/N with k = r has the paper's size, and k >= R is the exact weighted sum.
+    "unit" is the paper: every cluster counts m_j = 1 and means are plain; each b is multiplied by its weight relative
+    to the mean |w|, so uniform weights of any size are the paper's case.
 
     Reweighting. Parameter: a centroid is scaled, a and b alike, to the mean ‖u‖_∞ of its units, against the norm that
-    averaging loses. Output: √(r/k), r the mean rank of the members that have the module and k the clusters made;
-    it is meant for "unit", where more clusters give a larger update.
+    averaging loses. Output: s = √(r/k), r the mean rank of the members that have the module and k the clusters made,
+    else s = 1. It belongs to "unit", where more clusters give a larger update; masses add up to Σ|w| r whatever k is,
+    so with "mass" it would shrink the update where k is large, and where a member of small rank and small weight joins.
 
     Departs from the paper: weights; the signs; heterogeneous ranks, for which the paper leaves r undefined;
     scaling lies in b. The reweighting formulas are those that public re-implementations agree on; about the
@@ -84,7 +85,8 @@ class Lego(RowWise):
             directions of each member, ‖a‖ = ‖b‖; does not. On real adapters the three cannot be told apart
             under "mass" (docs/lego_units.md); under "unit" canonical ranks fail.
         parameter_reweighting: whether centroids are scaled.
-        output_reweighting: whether the update is scaled by √(r/k).
+        output_reweighting: whether the update is scaled by √(r/k); None: with "unit", as in the paper, and not with
+            "mass".
         cluster_weight: what a cluster counts.
         n_init: starts of the k-means.
         max_iter: largest number of steps. Three starts of ten steps take three quarters of the time, for an inertia
@@ -104,7 +106,7 @@ class Lego(RowWise):
     k: int | None = None
     units: Literal["raw", "normalised", "canonical"] = "raw"
     parameter_reweighting: bool = True
-    output_reweighting: bool = True
+    output_reweighting: bool | None = None
     cluster_weight: Literal["mass", "unit"] = "mass"
     n_init: int = 10
     max_iter: int = 100
@@ -119,6 +121,10 @@ class Lego(RowWise):
             raise ValueError(f"Lego: units must be 'raw', 'normalised' or 'canonical', got {self.units!r}")
         if self.cluster_weight not in ("mass", "unit"):
             raise ValueError(f"Lego: cluster_weight must be 'mass' or 'unit', got {self.cluster_weight!r}")
+
+    @property
+    def _reweighs_output(self) -> bool:
+        return self.cluster_weight == "unit" if self.output_reweighting is None else self.output_reweighting
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """One rebuilt adapter per distinct row of weights."""
@@ -191,7 +197,7 @@ class Lego(RowWise):
         if self.parameter_reweighting:
             centroids *= norm_ratio(average, peaks, centroids)
         counts = mass if self.cluster_weight == "mass" else (mass > 0).to(mass)
-        if self.output_reweighting and k:
+        if self._reweighs_output and k:
             counts = counts * (group.total_rank / len(group.ranks) / k) ** 0.5
         return centroids[..., : group.d_in], centroids[..., group.d_in :].mT * counts[:, None]
 

@@ -145,7 +145,7 @@ class Answerer:
             done(len(batch))
 
     def seconds(self, jobs: Sequence[Job | None], composer: Composer, rows: int) -> float | None:
-        """Seconds a prompt to answer one batch of the first rows, the faster of two times.
+        """Seconds a prompt to answer one batch of rows spread evenly over all, the faster of two times.
 
         Adapters have been read and sets composed before, as for prompts of a kind that was asked already; what a new
         set costs is measured by `loracompose bench composing`. Every answer has `TIMED_TOKENS` tokens, so a method
@@ -156,9 +156,12 @@ class Answerer:
             composer: of the method.
             rows: of the batch; None comes back if it is 0.
         """
-        batch = [job for job in jobs if job is not None][:rows]
-        if not batch:
+        asked = [job for job in jobs if job is not None]
+        count = min(rows, len(asked))
+        if count < 1:
             return None
+        # The first ones would be of one task, and so mostly of one adapter: no mixed batch.
+        batch = [asked[place * len(asked) // count] for place in range(count)]
         times = []
         for _ in range(2):  # the first also reads adapters, composes and warms up
             start = time.perf_counter()
@@ -252,7 +255,9 @@ def batches(
 def token_budgets(engine: Engine, rows: Sequence[TaskRow], limit: int) -> dict[str, int]:
     """The longest answer of each task in tokens: its longest reference and `SLACK`, at most `limit`.
 
-    An answer cut there is longer than every reference, so cutting never makes it an exact match.
+    An answer cut there is longer than every reference of its task, or as long as the limit. So cutting never makes an
+    exact match of one that is none, as long as no reference is longer than the limit; and whatever talks on is
+    compared with references by its beginning alone.
 
     Args:
         engine: whose tokenizer counts.

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
 
 from loracompose import __version__
 from loracompose.models import BaseModel
@@ -40,8 +41,8 @@ class AnswerCache:
     """A SQLite file of answers by key; several runs may share it.
 
     Each batch is one transaction, on the disk before the next begins: whatever stops a run, answers are there whole
-    or not at all. Keys know adapters, weights, settings and the base by content, but not the code: after a change
-    to how a composer computes, begin a new file.
+    or not at all. Keys know adapters, weights, settings and the base by content, and the versions of the libraries
+    that compute, but not the code here: after a change to how a composer computes, begin a new file.
 
     Raises:
         ValueError: the file is no cache.
@@ -118,13 +119,17 @@ def question_key(
 
 
 def base_identity(base: BaseModel) -> str:
-    """Identity of a base model, 24 hexadecimal digits.
+    """Identity of a base model and of what runs it, 24 hexadecimal digits.
 
-    Over its name, dtype, kind of device, chat template, tokenizer, settings of generation and evenly spaced values of
-    every parameter: all of them would take a minute for a large model.
+    Over its name, dtype, kind of device, chat template, tokenizer, configuration, settings of generation and evenly
+    spaced values of every parameter (all of them would take a minute for a large model), and the versions of torch
+    and transformers.
     """
     template = getattr(base.tokenizer, "chat_template", None)
     digest = hashlib.sha256(f"{base.name} {base.dtype} {base.device.type} {template}".encode())
+    digest.update(f"torch {torch.__version__} transformers {transformers.__version__}".encode())
+    attention = getattr(base.model.config, "_attn_implementation", None)  # which the configuration does not tell
+    digest.update(f"{base.model.config.to_json_string()} {attention}".encode())
     settings = getattr(base.model, "generation_config", None)
     if settings is not None:
         digest.update(settings.to_json_string().encode())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,7 +28,8 @@ from loracompose.evaluation.results import MethodResult, ProtocolResult, Results
 from loracompose.evaluation.tasks import TaskRow, clusters, rows_of
 from loracompose.retrieval.index import AdapterIndex
 
-PACKAGES = ("torch", "transformers", "numpy", "sacrebleu", "rouge-score", "sentence-transformers")
+PACKAGE = Path(__file__).parent.parent
+PACKAGES = ("torch", "transformers", "peft", "numpy", "sacrebleu", "rouge-score", "sentence-transformers")
 
 
 @dataclass(frozen=True)
@@ -220,11 +223,20 @@ def _pool(index: AdapterIndex) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes; packages that are not installed are left out."""
-    found = {"loracompose": __version__, "python": platform.python_version()}
+    """Versions of what computes, and a digest of the code here; packages that are not installed are left out."""
+    found = {"loracompose": __version__, "source": source_digest(), "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # an extra that this run did not need
             continue
     return found
+
+
+def source_digest() -> str:
+    """Twelve hexadecimal digits over the code of this package: a version stays while the code under it changes."""
+    digest = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        digest.update(f"{file.relative_to(PACKAGE).as_posix()}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]

@@ -17,6 +17,7 @@ from loracompose.evaluation.tasks import TaskRow
 from loracompose.prompts import Prompt
 
 Set: TypeAlias = Mapping[str | Path, float]
+DECIMALS = 6  # of retrieved weights
 LEAST = 1e-3
 """Members of less than this share of a row's weights are left out: far below what changes an answer, yet each would
 make a set of adapters of its own, composed and answered anew."""
@@ -226,8 +227,8 @@ class Composed:
         sets: list[dict[str | Path, float]] = [
             {name: w for name, w in zip(names, own, strict=True) if w} for own in shared.tolist()
         ]
-        # What is left of a set of one is 1 but for rounding.
-        whole = [{name: round(w, 6) for name, w in own.items()} if len(own) == 1 else own for own in sets]
+        # The last bits of a weight depend on which prompts were embedded together; the answer must not.
+        whole = [{name: round(w, DECIMALS) for name, w in own.items()} for own in sets]
         return [Question(row.prompt, own) for row, own in zip(situation.rows, whole, strict=True)]
 
 

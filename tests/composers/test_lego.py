@@ -80,13 +80,29 @@ def test_output_reweighting_is_a_factor_of_the_root_of_mean_rank_over_k():
     weights = [0.5, 0.2, 0.9]
     for k in (1, 2, 3, 5):
         plain = update(compose(adapters, weights, Lego(k=k, output_reweighting=False)), "q")
-        scaled = update(compose(adapters, weights, Lego(k=k)), "q")
+        scaled = update(compose(adapters, weights, Lego(k=k, output_reweighting=True)), "q")
         assert close(scaled, (7 / 3 / k) ** 0.5 * plain)
 
 
 def test_output_reweighting_counts_the_clusters_made_not_those_asked_for():
     adapters, _ = clustered()
-    assert same_updates(compose(adapters, None, Lego(k=7)), compose(adapters, None, Lego(k=100)))
+    seven, many = (Lego(k=k, output_reweighting=True) for k in (7, 100))
+    assert same_updates(compose(adapters, None, seven), compose(adapters, None, many))
+
+
+def test_output_reweighting_goes_with_clusters_that_count_once_unless_said_otherwise():
+    adapters, _ = clustered()
+    for kind, default in (("unit", True), ("mass", False)):
+        said, other = (Lego(k=5, cluster_weight=kind, output_reweighting=use) for use in (default, not default))
+        merged = compose(adapters, None, Lego(k=5, cluster_weight=kind))
+        assert same_updates(merged, compose(adapters, None, said))
+        assert not same_updates(merged, compose(adapters, None, other))
+
+
+def test_a_member_of_vanishing_weight_and_another_rank_leaves_the_update_as_it_is():
+    strong, weak = random_adapter("strong", 8, seed=1), random_adapter("weak", 2, seed=2)
+    merged, alone = compose([strong, weak], [1.0, 1e-6], "lego"), compose([strong], [1.0], "lego")
+    assert all(close(update(merged, m), update(alone, m), 1e-3) for m in SHAPES)
 
 
 def test_unit_clusters_count_once_and_take_weights_relative_to_their_mean():
@@ -148,7 +164,7 @@ def test_the_order_of_adapters_is_irrelevant(order):
 @pytest.mark.parametrize("k", [3, 10**6])
 def test_an_adapter_split_in_two_by_ranks_composes_as_the_whole(k):
     whole, other = random_adapter("whole", 4, seed=1), random_adapter("other", 3, seed=2)
-    setting = Lego(k=k, output_reweighting=False)  # r, the mean rank, is what the split does change
+    setting = Lego(k=k)
     split = compose([*halves(whole), other], [0.7, 0.7, 0.3], setting)
     assert same_updates(compose([whole, other], [0.7, 0.3], setting), split)
     alone = compose(halves(whole), [1.0, 1.0], ROOMY)

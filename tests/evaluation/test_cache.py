@@ -102,9 +102,11 @@ def test_what_does_not_decide_the_text_does_not_change_the_key():
     assert key(members=[], composer="Lego()") == key(members=[])
 
 
-def test_a_base_is_known_by_what_decides_its_text():
-    def identity(seed=0, dtype=torch.float32, template=None, penalty=1.0, extra=()):
+def test_a_base_is_known_by_what_decides_its_text(monkeypatch):
+    def identity(seed=0, dtype=torch.float32, template=None, penalty=1.0, extra=(), epsilon=None):
         model, words = base_model(seed=seed, dtype=dtype), tokenizer(template)
+        if epsilon is not None:
+            model.config.rms_norm_eps = epsilon
         model.generation_config.repetition_penalty = penalty
         words.add_tokens(list(extra))
         words(["a b", "a"], padding=True, truncation=True, max_length=2)  # which the tokenizer remembers
@@ -112,4 +114,7 @@ def test_a_base_is_known_by_what_decides_its_text():
 
     assert identity() == identity()
     assert len({identity(), identity(seed=1), identity(dtype=torch.bfloat16), identity(template=CHATML)}) == 4
-    assert len({identity(), identity(penalty=1.3), identity(extra=["<new>"])}) == 3
+    assert len({identity(), identity(penalty=1.3), identity(extra=["<new>"]), identity(epsilon=0.5)}) == 4
+    before = identity()
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    assert identity() != before

@@ -280,6 +280,34 @@ def test_methods_are_timed_on_answers_of_one_length_that_are_not_kept(engine, tm
     assert all(method.ms > 0 for method in timed.methods)
 
 
+def test_the_rows_that_are_timed_are_spread_over_the_tasks(engine, tmp_path, monkeypatch):
+    rows = task_rows()
+    asked = []
+    generate = type(engine).generate
+
+    def noted(self, prompts, **kwargs):
+        asked.append(list(prompts))
+        return generate(self, prompts, **kwargs)
+
+    run(engine, tmp_path, plan(["base"], ["in-domain"], n=None))
+    monkeypatch.setattr(type(engine), "generate", noted)
+    tasks = {row.task for row in rows}
+    run(engine, tmp_path, plan(["base"], ["in-domain"], n=None, timed_rows=len(tasks)))
+    of = {row.prompt: row.task for row in rows}
+    assert all({of[prompt] for prompt in batch} == tasks for batch in asked)
+
+
+def test_results_say_which_code_made_them(engine, tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "one.py").write_text("x = 1\n")
+    monkeypatch.setattr("loracompose.evaluation.harness.PACKAGE", package)
+    first = run(engine, tmp_path, plan(["base"], ["in-domain"])).versions["source"]
+    assert run(engine, tmp_path, plan(["base"], ["in-domain"])).versions["source"] == first
+    (package / "one.py").write_text("x = 2\n")
+    assert run(engine, tmp_path, plan(["base"], ["in-domain"])).versions["source"] != first
+
+
 def test_each_row_stops_at_its_own_budget():
     stop = RowBudget([1, 3])
     assert [stop(torch.zeros(2, 7 + new), None).tolist() for new in (1, 2, 3)] == [

@@ -5,9 +5,9 @@
 
 TASKS holds `<task>.train.jsonl`, `<task>.dev.jsonl` and `<task>.test.jsonl` files, ADAPTERS one adapter a task, named
 as the task and with its card. What is made on the way stands in WORK, and what is there is not made again: stopped, it
-goes on where it was; take another WORK when tasks or adapters change. After all methods on some rows come the finalists
-under every protocol, and the finalists on all rows; answers are shared. The second command makes report, README and
-documents anew from the results; it runs no model.
+goes on where it was; for other tasks, adapters or another dtype it asks for another WORK. After all methods on some
+rows come the finalists under every protocol, and the finalists on all rows; answers are shared. The second command
+makes report, README and documents anew from the results; it runs no model.
 
 What can run side by side does, in `--jobs` processes: what is trained, then the answers to a plan, in shares of a few
 lines. What they print goes to WORK/logs. The plan itself runs alone then, finds every answer there, takes the times and
@@ -33,6 +33,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from loracompose.benchmarks.made_with import made_otherwise
 from loracompose.durable import write_whole
 from loracompose.marked import fill
 
@@ -301,8 +302,15 @@ def main() -> None:
             Console(soft_wrap=True).print(shown(step), markup=False, highlight=False)
     elif given.report:
         report(given.output, given.work)
+    elif (other := made_otherwise(given.work, settings_of_work(given))) is not None:
+        parser.error(f"{given.work} was made with {other}; give the same, or another WORK")
     else:
         carry_out(stages, given.jobs, given.work, given.output)
+
+
+def settings_of_work(given: argparse.Namespace) -> dict[str, str | int]:
+    """What decides the index and whatever is trained in WORK."""
+    return {"dtype": given.dtype, "tasks": str(given.tasks.resolve()), "adapters": str(given.adapters.resolve())}
 
 
 def staged(given: argparse.Namespace) -> list[list[Step]]:

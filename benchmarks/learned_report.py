@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from loracompose.durable import write_whole
+from loracompose.evaluation.guide import LEAST
 from loracompose.evaluation.results import read_results
 from loracompose.evaluation.statistics import Estimate, Scores
 from loracompose.marked import fill
@@ -108,12 +109,12 @@ def claims(said: tuple[tuple[str, str, str], ...], scores: dict[str, Scores]) ->
 
 
 def verdict(gaps: dict[str, Estimate]) -> str:
-    """Confirmed or refuted, protocol by protocol, where an interval is on one side of 0 by a tenth of a point.
+    """Confirmed or refuted, protocol by protocol, where an interval is on one side of 0 by more than `LEAST`.
 
     There is no interval where fewer than 16 rows differ.
     """
     words = {
-        name: "confirmed" if gap.low > 0.1 else "refuted" if gap.high < -0.1 else "undecided"
+        name: "confirmed" if gap.low > LEAST else "refuted" if gap.high < -LEAST else "undecided"
         for name, gap in gaps.items()
     }
     said = set(words.values())

@@ -34,14 +34,14 @@ REFERENCE = "lego raw k=r"
 
 
 def settings() -> dict[str, Composer]:
-    """The contenders by name; LEGO's default settings are varied one at a time, and units with k together."""
+    """The contenders by name; LEGO's settings, reweighted but for the last, one at a time, and units with k."""
     made: dict[str, Composer] = {"mixture": Mixture(), "fusion": Fusion(), "linear": Linear()}
     for units in ("raw", "normalised", "canonical"):
         for k in (None, 16, 32):
             size = "r" if k is None else k
-            made[f"lego {units} k={size}"] = Lego(units=units, k=k)
-        made[f"lego {units} k=r unit"] = Lego(units=units, cluster_weight="unit")
-    made["lego raw k=r, no parameter reweighting"] = Lego(parameter_reweighting=False)
+            made[f"lego {units} k={size}"] = Lego(units=units, k=k, output_reweighting=True)
+        made[f"lego {units} k=r unit"] = Lego(units=units, cluster_weight="unit", output_reweighting=True)
+    made["lego raw k=r, no parameter reweighting"] = Lego(parameter_reweighting=False, output_reweighting=True)
     made["lego raw k=16, no output reweighting"] = Lego(k=16, output_reweighting=False)
     return made
 
@@ -106,12 +106,26 @@ def measure(engine: Engine, asked: list[dict[str, str]], composer: Composer | No
     return [int(normal(a.text) == normal(row["response"])) for a, row in zip(answers, asked, strict=True)]
 
 
+def check_same(key: str, kept: Mapping[str, Any], prompts: int, composer: str, output: Path) -> None:
+    """Refuse to put results of other prompts or settings into one table.
+
+    Raises:
+        SystemExit: what is kept was made otherwise.
+    """
+    if (kept["prompts"], kept["composer"]) != (prompts, composer):
+        raise SystemExit(
+            f"{output}: {key!r} has {kept['prompts']} prompts of {kept['composer']}, asked for are {prompts} of "
+            f"{composer}; ask for the same, or choose another file"
+        )
+
+
 def run(engine: Engine, asked: list[dict[str, str]], pool: str, done: dict[str, dict], output: Path) -> None:
     """Measure what is not in the output file yet, writing after every setting."""
     contenders: Mapping[str, Composer | None] = {"oracle adapter": None, **settings()}
     for name, composer in track(contenders.items(), description=pool, total=len(contenders)):
         key = f"{pool} | {name}"
         if key in done:
+            check_same(key, done[key], len(asked), repr(composer), output)
             continue
         seconds: list[float] = []
         start = time.perf_counter()

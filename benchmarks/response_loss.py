@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from loracompose import AdapterIndex, __version__, load_adapter
+from loracompose.benchmarks.made_with import made_otherwise
 from loracompose.composers import Composer, get_composer
 from loracompose.composers.mixture import Mixture
 from loracompose.composition.bank import RankBank, gather_banks
@@ -259,6 +260,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of the base; bfloat16 where the CPU multiplies in it")
     parser.add_argument("--only", nargs="+", default=[])
     given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    paths = {"data": str(given.data.resolve()), "pool": str(given.pool.resolve())}
+    if (other := made_otherwise(given.work, {"steps": given.steps, "dtype": given.dtype, **paths})) is not None:
+        parser.error(f"{given.work} was made with {other}; give the same, or another --work")
     base, place = load_base(DEFAULT_BASE, device="cpu", dtype=given.dtype), given.work / "index"
     with (
         AdapterIndex.open(place) if place.exists() else AdapterIndex.build(given.pool, place) as index,

@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from loracompose import AdapterIndex, Engine
-from loracompose.durable import write_whole
+from loracompose.benchmarks.made_with import made_otherwise
 from loracompose.evaluation.cache import AnswerCache
 from loracompose.evaluation.harness import Plan, evaluate, versions
 from loracompose.evaluation.protocols import get_protocol
@@ -112,16 +112,10 @@ def claims(rows: tuple[TaskRow, ...], seed: int) -> list[str]:
     return [row.prompt for row in draw(rows, 1, seed + 1)]
 
 
-def made_otherwise(given: argparse.Namespace) -> str | None:
-    """What WORK was made from, if that is something else: its indexes and harmful adapters would not fit."""
-    kept = given.work / "made_with.json"
-    now = {"seed": given.seed, "dtype": given.dtype}
-    now |= {name: str(path.resolve()) for name in ("tasks", "adapters", "reseeded") if (path := getattr(given, name))}
-    if not kept.exists():
-        write_whole(kept, json.dumps(now, indent=1) + "\n")
-        return None
-    before = json.loads(kept.read_text(encoding="utf-8"))
-    return None if before == now else ", ".join(f"{name} {value}" for name, value in before.items())
+def settings_of_work(given: argparse.Namespace) -> dict[str, str | int]:
+    """What decides the indexes and the harmful adapters of WORK."""
+    paths = {name: path for name in ("tasks", "adapters", "reseeded") if (path := getattr(given, name))}
+    return {"seed": given.seed, "dtype": given.dtype, **{name: str(path.resolve()) for name, path in paths.items()}}
 
 
 def tasks_of(study: Study) -> tuple[str, ...]:
@@ -169,7 +163,7 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     given.answers = given.answers or given.work / "answers.sqlite"
-    if (other := made_otherwise(given)) is not None:
+    if (other := made_otherwise(given.work, settings_of_work(given))) is not None:
         parser.error(f"{given.work} was made with {other}; give the same or another --work")
 
     studies = [study_of(name) for name in given.only if name != "seeds" or given.reseeded is not None]

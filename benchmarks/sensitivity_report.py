@@ -24,13 +24,17 @@ DOCUMENT = f"""# What moves the scores: settings, pool, seeds, one harmful adapt
 One setting moves, all else stays, on the same rows ([sensitivity.json](../benchmarks/results/sensitivity.json); the
 studies stand in `loracompose/evaluation/sensitivity.py`, `benchmarks/sensitivity.py` runs them). Two rows of each of twelve
 tasks (five for the size of the pool), in bfloat16: bars and brackets are 95 % intervals of a bootstrap over rows, paired
-where two points are compared, and only large moves mean something. Large enough are these: with equal weights a second
-adapter costs half of the score in-domain, where the posterior's weights do not care how many are retrieved; and one random
-adapter of tenfold size, retrieved for its card, brings every method with equal weights near to nothing, where the posterior
-loses little in-domain. Masked it harms all that retrieve, since its card claims the task. *Own seeds*: nine of the
-21 adapters trained again, each from a seed of its own, where the others share their A at step 0, which flatters methods
-that add or cluster raw factors. The harmful adapter claims every task in its card; its values are random and ten times
-as large as another's, or it was trained on responses of other rows.
+where two points are compared. That is few: fewer than 16 rows differ between most points, and by the rule of
+[which_method.md](which_method.md) nothing is decided then. So these curves point somewhere and prove little. In-domain a
+second adapter at equal weights halves the score (on 11 rows that differ), where the posterior's weights do not care how
+many are retrieved; one random adapter of tenfold size, retrieved for its card, takes most of what methods that weigh
+retrieved adapters equally have (8 rows), where the posterior loses little in-domain; masked it seems to harm all that
+retrieve, since its card claims the task. *Own seeds*: nine of the 21 adapters trained again, each from a seed of its own,
+where the others share their A at step 0; whether that helps methods that add or cluster raw factors is not shown: few
+rows differ, and the signs disagree with [lego_units.md](lego_units.md). The harmful adapter claims every task in its
+card; its values are random and ten times as large as another's, or it was trained on responses of other rows. The curves
+of `lego` were measured with output reweighting (a factor √(r/k)), which it has since only where every cluster counts
+once: with few ranks kept they are higher, and with many lower, than they would be now.
 
 ![scores along each axis](sensitivity.svg)
 

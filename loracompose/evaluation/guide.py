@@ -16,8 +16,8 @@ from loracompose.evaluation.sensitivity import Curve
 from loracompose.evaluation.statistics import Estimate
 from loracompose.evaluation.summary import Line, Summary, interval, milliseconds, summarise
 
-# Not to be chosen: no adapter, told the task, or blind.
-REFERENCES = ("base", "oracle", "few_shot", "lorahub", "random")
+# Not to be chosen: no adapter, told the task, trained on rows of all tasks, or blind.
+REFERENCES = ("base", "oracle", "few_shot", "lorahub", "multi_task", "random")
 PLAIN = "selection"  # what every method has to beat
 LEAST = 0.05  # points; smaller gains are shown as 0.0
 QUESTIONS = (
@@ -57,19 +57,20 @@ class Traits:
     """What a method is, whatever it scores.
 
     Attributes:
-        exports: whether the composition of one prompt is a plain LoRA.
+        exports: whether the composition of one prompt is a plain LoRA; None for what composes nothing.
         learns: whether it runs a router that must be trained.
     """
 
-    exports: bool
+    exports: bool | None
     learns: bool
 
 
 def traits(label: str) -> Traits:
     """The traits of a method by the first word of its label; a baseline sums adapters, which exports."""
-    composer = COMPOSERS.get(label.split()[0])
+    name = label.split()[0]
+    composer = COMPOSERS.get(name)
     if composer is None:
-        return Traits(exports=True, learns=False)
+        return Traits(exports=None if name in ("base", "few_shot") else True, learns=False)
     return Traits(composer.scope == "static", hasattr(composer, "initial"))
 
 
@@ -202,8 +203,8 @@ def _gain(gap: Estimate) -> str:
     return f"{value:+.1f}" if math.isnan(low) else f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+def _yes(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "no"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

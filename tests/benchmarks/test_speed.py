@@ -18,7 +18,7 @@ from loracompose.benchmarks.speed.composing import measure as measure_composing
 from loracompose.benchmarks.speed.figure import draw, draw_answers, draw_composing, draw_stream
 from loracompose.benchmarks.speed.measure import Setting, agree, exact_logits, measure, opened, token_ids
 from loracompose.benchmarks.speed.published import Einsum, MergeAndRestore
-from loracompose.benchmarks.speed.rounds import Samples, compared, one_round, summary
+from loracompose.benchmarks.speed.rounds import Samples, compared, one_round, summary, time_rounds
 from loracompose.benchmarks.speed.stream import Stream, write_pool
 from loracompose.benchmarks.speed.stream import measure as measure_stream
 from loracompose.models import BaseModel
@@ -125,6 +125,21 @@ def test_merging_and_restoring_leaves_the_weights_bit_equal(base: BaseModel) -> 
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     one_round(MergeAndRestore(base.model, make_adapters(CASE, base.model), CASE), token_ids(base, CASE, 0), 2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
+
+
+def test_slow_ways_are_timed_on_the_prompts_of_all_others() -> None:
+    passes: dict[str, list[int]] = {"fast": [], "slow": []}
+
+    class Noted:
+        def __init__(self, name: str) -> None:
+            self.name, self.slow = name, name == "slow"
+
+        @contextmanager
+        def ready(self):
+            yield lambda ids, cache: (passes[self.name].append(ids.shape[1]), [])
+
+    time_rounds([Noted("fast"), Noted("slow")], torch.zeros(2, 64 + 8 + 1, dtype=torch.long), 8, 1)
+    assert passes == {"fast": [64, *[1] * 9] * 2, "slow": [64, *[1] * 3] * 2}  # a round to warm up, and one
 
 
 def test_every_way_of_every_case_is_timed_in_every_round(base: BaseModel) -> None:

@@ -88,6 +88,12 @@ def test_one_that_is_ahead_of_all_stands_alone_and_the_best_that_exports_is_name
     assert "the best that exports is `mixture`" in said
 
 
+def test_what_was_trained_on_rows_of_every_task_is_not_recommended_for_tasks_that_nobody_trained_for():
+    summary = summarise(made_results(("base", "oracle", "selection", "multi_task")).protocols[0])
+    assert "`selection`" in choice(summary)
+    assert "multi_task" not in choice(summary)
+
+
 def test_references_are_never_recommended(results):
     said = choice(scored(results, base=99, oracle=100, selection=30, mixture=40, lora_flow=20))
     assert "best is `mixture`" in said
@@ -136,6 +142,7 @@ def test_traits_are_those_of_the_composers():
         assert found.exports == (composer.scope == "static")
         assert found.learns == hasattr(composer, "initial")
     assert traits("uniform_all").exports
+    assert traits("base").exports is traits("few_shot shots=5").exports is None
 
 
 def test_a_curve_is_shown_with_its_points_and_the_difference_of_its_best_to_its_worst():

@@ -200,6 +200,22 @@ def test_every_plan_is_answered_in_shares_and_scored_before_the_next_begins(lead
     assert [len(stage) for stage in leaderboard.staged(given)[3:]] == [1]
 
 
+def test_what_was_trained_in_another_dtype_or_from_other_folders_is_not_taken(leaderboard, tmp_path, monkeypatch):
+    def ended(*changed):
+        given = ["leaderboard.py", "tasks", "adapters", str(tmp_path / "work"), *changed]
+        monkeypatch.setattr("sys.argv", given)
+        try:
+            leaderboard.main()
+        except SystemExit as refused:
+            return refused.code
+        return 0
+
+    ran = []
+    monkeypatch.setattr(leaderboard, "carry_out", lambda *args: ran.append(args))
+    assert (ended(), ended("--dtype", "float32"), ended(), len(ran)) == (0, 2, 0, 2)
+    assert ended("--dtype", "float32", "--list") == 0  # only shows
+
+
 def test_the_page_says_how_long_the_run_took(leaderboard):
     record = json.loads((leaderboard.RESULTS / leaderboard.RUN).read_text())
     page = leaderboard.GUIDE.read_text()

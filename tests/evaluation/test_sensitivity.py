@@ -144,11 +144,14 @@ def test_what_a_study_made_on_the_way_is_not_taken_for_another_seed_or_pool(tmp_
     def given(**changed):
         paths = {"tasks", "adapters", "reseeded"}
         values = {k: Path(v) if k in paths and v else v for k, v in {**asked, **changed}.items()}
-        return argparse.Namespace(work=tmp_path, **values)
+        return argparse.Namespace(**values)
 
-    assert made.made_otherwise(given()) is None
-    assert "seed 0, dtype auto, tasks " in made.made_otherwise(given(**other))
-    assert made.made_otherwise(given()) is None
+    def refused(**changed):
+        return made.made_otherwise(tmp_path, made.settings_of_work(given(**changed)))
+
+    assert refused() is None
+    assert "seed 0, dtype auto, tasks " in refused(**other)
+    assert refused() is None
 
 
 def test_the_table_says_where_each_line_is_best_and_how_its_ends_differ():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from loracompose.composers.base import Factors, RowWise, Scope, rewrite_rows
 from loracompose.composition.bank import RankBank
 from loracompose.composition.delta import LowRankDelta
+from loracompose.composition.linalg import working_dtype
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,22 @@ class Fusion(RowWise):
 
 
 def fuse(banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Factors]:
-    """(Σ w_i A_i, Σ w_i B_i) of every module, of the largest rank among the members."""
+    """(Σ w_i A_i, Σ w_i B_i) of every module, of the largest rank among the members.
+
+    Summed in float32 or better, and rounded once: to the dtype that the members' promote to, in whatever order they
+    stand.
+    """
     fused = {}
     for module, bank in banks.items():
         first = bank.present[0][1]
-        rank = max(part.rank for _, part in bank.present)
-        A, B = first.A.new_zeros(rank, first.d_in), first.B.new_zeros(first.d_out, rank)
+        tensors = [tensor for _, part in bank.present for tensor in (part.A, part.B)]
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        rank, working = max(part.rank for _, part in bank.present), working_dtype(*tensors)
+        A = first.A.new_zeros(rank, first.d_in, dtype=working)
+        B = first.B.new_zeros(first.d_out, rank, dtype=working)
         for i, part in bank.present:
             w = weights[i].to(A)
-            A[: part.rank] += w * part.A
-            B[:, : part.rank] += w * part.B
-        fused[module] = (A, B)
+            A[: part.rank] += w * part.A.to(A)
+            B[:, : part.rank] += w * part.B.to(B)
+        fused[module] = (A.to(dtype), B.to(dtype))
     return fused

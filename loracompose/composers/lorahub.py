@@ -25,7 +25,8 @@ class LoraHub:
     Like fusion it has cross terms w_i w_j B_i A_j and w_i² on the diagonal, and depends on how each adapter is
     factorised; `exact_sum` takes Σ_i w_i B_i A_i instead. The paper needs adapters of one rank; here shorter ranks
     are padded with zeros and the LoRA scaling lies in B. Without fitted weights those of the row are used; with
-    them a weight other than 0 in the row makes an adapter a member, and the fitted weight replaces it.
+    them a weight other than 0 in the row makes an adapter a member, and the fitted weight replaces it. Members of one
+    content, which were fitted as one, share its weight equally.
 
     Source: LoraHub, arXiv:2307.13269, section 2.
 
@@ -82,7 +83,7 @@ class LoraHub:
 
 
 def fitted_weights(learned: Mapping[str, float], fingerprints: tuple[str, ...], weights: Tensor) -> Tensor:
-    """The fitted weight of every member of a row, (batch, K); 0 elsewhere.
+    """The fitted weight of every member of a row, (batch, K); 0 elsewhere. Members of one content share theirs equally.
 
     Raises:
         LookupError: a member has none.
@@ -96,4 +97,6 @@ def fitted_weights(learned: Mapping[str, float], fingerprints: tuple[str, ...], 
                 f"there are weights for {known}: fit again with it among the adapters"
             )
     row = weights.new_tensor([learned.get(key, 0.0) for key in fingerprints])  # (K,)
-    return member * row
+    alike = weights.new_tensor([[one == other for other in fingerprints] for one in fingerprints])  # (K, K)
+    times = member.to(weights) @ alike  # (batch, K): how often its content is among the members
+    return member * row / times.clamp_min(1)

@@ -112,7 +112,9 @@ def relative_error(banks: Mapping[str, RankBank], weights: Tensor, factors: Mapp
     """‖composed - Σ w_i delta_W_i‖ / ‖Σ w_i delta_W_i‖ over all modules together, in the Frobenius norm."""
     off, size = 0.0, 0.0
     for module, bank in banks.items():
-        A, B = bank.A.double(), bank.B.double() * bank.per_rank(weights)[0].double()
+        # not per_rank, which rounds to the dtype of the factors: the error of that would not be seen
+        w = weights[0].to(bank.A.device, torch.float64)[bank.owner]  # (R,)
+        A, B = bank.A.double(), bank.B.double() * w
         size += frobenius(A, B).item() ** 2
         if module in factors:
             A, B = (

@@ -55,6 +55,9 @@ class Milora(GradientTrained):
         gradient is straight-through, that of s_m = p_m. In "adapters" the shares sum to 1, and their sum is a constant
         for the gradient, so that k = 1 learns too. Experts not chosen get no gradient but that of the balance.
       * k: the text says 3 and also 1, and the printed counts of parameters fit 1 and nearly 2. Setting "top_k", 2.
+      * Which experts may be chosen: in "adapters" all members of the row, in "modules" all modules of the layer that
+        the router knows. So an adapter that has nothing in a layer, or a module that no member of the row adapts, can
+        take one of the k places there (and, in "adapters", a share of the sum), and adds nothing.
       * Bi-level training (activation on the dev set, the rest on the training set) is joint training here.
       * Settings "pooler" ("attention", "last", "mean", "max") and "activation" ("rational", "gelu") are its ablations.
       * Whether w is shared by the layers: each layer has its own.

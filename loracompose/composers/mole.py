@@ -32,12 +32,14 @@ class Mole(GradientTrained):
     Decided once per prompt and kept for all later tokens. A weight other than 0 makes an adapter a member of its row,
     its size does not enter; with weights on all adapters of the router it is the paper's first mode of inference, with
     fewer its second: G'_i = m_i G_i / Σ_j m_j G_j. Embeddings are not gated: there the weights count, as in `mixture`.
+    Nor do modules outside the layers have a gate, such as the output head: a model may run it on the last tokens alone,
+    so what it is given need not be the prompt. Their weights count too, unless one gate serves the whole network.
 
     Setting "granularity", after the paper's section 5: "matrix", a gate per module; "layer", one for the attention and
     one for the feed-forward part of each transformer block; "block", one per block; "network", one. The site of a gate
-    is the first module of its group that runs, told by the modules' names when the router is made and kept in the
-    setting "sites": it must not depend on which adapters happen to share a batch. Where no member of a row has the
-    site, the gate has no input and its shares are uniform.
+    is the first module of its group that runs inside a layer, told by the modules' names when the router is made and
+    kept in the setting "sites": it must not depend on which adapters happen to share a batch. Where no member of a row
+    has the site, the gate has no input and its shares are uniform.
 
     The loss gains balance · (-Σ_i log q_i - n log n), q the mean over gates of the live shares: 0 at balance. q is that
     of one row, over its n members, and the loss is the mean over rows.
@@ -79,9 +81,11 @@ class Mole(GradientTrained):
         chosen = filled("Mole", settings, DEFAULTS)
         check_choice("Mole", "granularity", chosen["granularity"], GRANULARITIES)
         check_amount("Mole", "balance", chosen["balance"])
-        linear = [module for module, bank in pool.banks.items() if bank.kind == "linear"]
+        linear = [module for module, bank in pool.banks.items() if bank.kind == "linear" and layer_of(module)]
         if not linear:
-            raise ValueError("mole: the adapters of the pool adapt nothing but embeddings: there is nothing to gate")
+            raise ValueError(
+                "mole: the adapters of the pool adapt no linear module inside a layer: there is nothing to gate"
+            )
         sites: dict[str, str] = {}
         for module in sorted(linear, key=running_order):
             sites.setdefault(group_of(module, chosen["granularity"]), module)
@@ -104,9 +108,9 @@ class Mole(GradientTrained):
 
     def _delta(self, bank: RankBank, banks: Mapping[str, RankBank], weights: Tensor) -> LowRankDelta:
         w = bank.per_rank(weights)  # (batch, R)
-        if bank.kind != "linear":
-            return LowRankDelta(bank.A, bank.B, w, kind=bank.kind)
         group, members = group_of(bank.module, self.router.settings["granularity"]), weights != 0
+        if bank.kind != "linear" or (not layer_of(bank.module) and group not in self.router.settings["sites"]):
+            return LowRankDelta(bank.A, bank.B, w, kind=bank.kind)
         site = self._site(group)
         if site not in banks:
             return LowRankDelta(bank.A, bank.B, bank.per_rank(members / members.sum(dim=1, keepdim=True).clamp_min(1)))
@@ -129,7 +133,7 @@ class Mole(GradientTrained):
 
 
 def group_of(module: str, granularity: str) -> str:
-    """The group of modules that shares a gate with this one; a module outside the layers is a group of its own."""
+    """The group of modules that shares a gate with this one; one outside the layers is alone, but for the network's."""
     layer = layer_of(module)
     if granularity == "network":
         return "network"

@@ -92,4 +92,8 @@ class LowRankDelta:
             g = self.gate(x, h, self.weights, context or GateContext(module=""))
         # Not h * g alone: an adapter that overflows must not turn rows that do not use it, nor the gradients of their
         # gates, into inf * 0 = nan.
-        return (torch.where(g != 0, h, 0.0) * g) @ self.B.mT
+        passes = g != 0
+        if self.gate is not None and torch.is_grad_enabled():
+            # The derivative by a member's share is h, also where the share happens to be 0.
+            passes = passes | ((self.weights[:, None, :] != 0) & h.isfinite())
+        return (torch.where(passes, h, 0.0) * g) @ self.B.mT

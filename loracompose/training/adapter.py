@@ -182,7 +182,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _identity(recipe: Recipe, base: BaseModel, rows: Sequence[Example], dev_rows: Sequence[Example]) -> str:
-    parts = [asdict(recipe), base.name, str(base.dtype), *(asdict(row) for row in (*rows, *dev_rows))]
+    examples = [asdict(row) for row in (*rows, *dev_rows)]
+    parts = [asdict(recipe), base.name, str(base.dtype), len(rows), examples]  # the count is where the dev rows begin
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 

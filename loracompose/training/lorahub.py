@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loracompose.adapters.lora import Adapter
 from loracompose.composers.lorahub import LoraHub
 from loracompose.composition.bank import content_order, gather_banks
-from loracompose.runtime.attach import attach
+from loracompose.runtime.attach import attach, model_lock
 from loracompose.training.batches import response_loss
 from loracompose.training.data import EncodedExample, Example, encode_example
 
@@ -41,7 +41,8 @@ def fit_lorahub(
     Minimises mean response loss + l1 · mean|w| over w in [-bounds, bounds]^K with nevergrad's NGOpt from w = 0, where
     the loss is the base model's. Returns the best weights tried, which therefore are never worse than the base model
     on the examples (the paper takes the optimiser's recommendation, which may be a point never tried). The same seed
-    gives the same weights, in whatever order the adapters are given.
+    gives the same weights, in whatever order the adapters are given. The model is had alone for one evaluation at a
+    time: between two of them an engine may answer with it.
 
     Args:
         model: base model in eval mode.
@@ -68,7 +69,7 @@ def fit_lorahub(
 
     def objective(weights: Sequence[float]) -> float:
         row = torch.tensor([weights], dtype=torch.float64, device=model.device)  # (1, K)
-        with torch.inference_mode(), attach(model, composer.compose(banks, row)):
+        with model_lock(model), torch.inference_mode(), attach(model, composer.compose(banks, row)):
             return mean_loss(model, batches, pad_id) + l1 * row.abs().mean().item()
 
     best = minimise(objective, len(adapters), budget=budget, bounds=bounds, seed=seed, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,15 @@ class MemberTable:
     own: Tensor
     weights: Tensor
     hidden: Tensor
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the columns and weights: names and cards decide them, and no fingerprint of an adapter tells."""
+        digest = hashlib.sha256()
+        for tensor in (self.own, self.weights, self.hidden):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     def draw(self, rows: Sequence[int], generator: torch.Generator, *, dropout: bool = True) -> Tensor:
         """The weights of a batch, (batch, K).

@@ -108,12 +108,17 @@ def train_router(
     Raises:
         FileExistsError: `output` is there already.
         LookupError: no such method, base, task or adapter.
-        ValueError: a bad row or setting, adapters that do not fit, a checkpoint of another run, or a loss that is not
-            finite.
+        ValueError: a bad row or setting, patience without dev rows, adapters that do not fit, a checkpoint of another
+            run, or a loss that is not finite.
     """
     target, recipe, kind = Path(output), recipe or RouterRecipe(), learned_composer(method)
     if target.exists():
         raise FileExistsError(f"{target} exists: delete it or choose another folder")
+    if recipe.patience and dev is None:
+        raise ValueError(
+            f"patience is {recipe.patience}, but it counts dev losses and there are no dev rows: give dev rows, or set "
+            "patience to 0"
+        )
     partial = target.with_name(f"{target.name}.partial")
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)
@@ -129,7 +134,11 @@ def train_router(
         loop = RouterLoop(trained_form, start, material, recipe, steps)
         bar = stack.enter_context(progress_bar(target.name)) if progress else None
         stack.enter_context(frozen(loaded.model))
-        loop.run(partial / "checkpoint.pt", _identity(start, material, recipe, loaded, steps), tell_all(bar, on_step))
+        loop.run(
+            partial / "checkpoint.pt",
+            _identity(start, found.pool, material, recipe, loaded, steps),
+            tell_all(bar, on_step),
+        )
     done = loop.progress
     record = _record(loop, found.pool, material, recipe, loaded, steps)
     router = replace(loop.router, training=record)
@@ -218,10 +227,11 @@ def _material(
     return Material(base.model, found.pool.banks, pad_id, rows, members, measured)
 
 
-def _identity(start: Router, material: Material, recipe: RouterRecipe, base: BaseModel, steps: int) -> str:
-    prints = next(iter(material.banks.values())).fingerprints
-    dev = None if material.dev is None else material.dev[0].digest
-    parts = [start.fingerprint, prints, material.rows.digest, dev, asdict(recipe), base.name, str(base.dtype), steps]
+def _identity(start: Router, pool: Pool, material: Material, recipe: RouterRecipe, base: BaseModel, steps: int) -> str:
+    adapters = [asdict(adapter) for adapter in pool.adapters]
+    rows = [material.rows.digest, material.members.digest]
+    dev = None if material.dev is None else [part.digest for part in material.dev]
+    parts = [start.fingerprint, adapters, rows, dev, asdict(recipe), base.name, str(base.dtype), steps]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

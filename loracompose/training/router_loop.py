@@ -199,8 +199,8 @@ class RouterLoop:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["identity"] != identity:
             raise ValueError(
-                f"{path} belongs to another run (other data, adapters, base or recipe): delete it or train with "
-                "resume=False"
+                f"{path} belongs to another run (other data, adapters, members, base or recipe): delete it or train "
+                "with resume=False"
             )
         with torch.no_grad():
             for name, tensor in {**self._fixed, **self._parameters}.items():

@@ -40,8 +40,8 @@ class RouterRecipe:
         seed: of the router's start, the draw and order of the data, and the members.
         dtype: of the frozen base; "auto" is bfloat16 on CUDA and float32 on a CPU. Routers train in float32.
         eval_every: steps between two measurements of the dev loss; 0 measures it at the end only.
-        patience: measurements without a new lowest dev loss after which training stops; 0 never stops early. With dev
-            rows the router of the lowest dev loss is kept.
+        patience: measurements without a new lowest dev loss after which training stops; 0 never stops early. It
+            needs dev rows; with them the router of the lowest dev loss is kept.
         save_every: steps between two checkpoints.
 
     Raises:

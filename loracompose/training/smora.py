@@ -92,7 +92,7 @@ def train_smora(
         output: the adapter's folder, whose name is the adapter's name.
         router: the router's folder; `<output>.router` by default.
         base: folder or Hub name of the base model.
-        recipe: rank 64 by default; alpha is 2 k where it is not given, the authors' 16 for k = 8. No dropout.
+        recipe: rank 64 by default; alpha is 2 k where it is not given, the authors' 16 for k = 8. No dropout, no beam.
         settings: k, block and balancing.
         card: description, example prompts, tags and license; examples are spread over the data by default.
         dev: rows of the same form to measure the loss on.
@@ -158,6 +158,11 @@ def train_smora(
 def _recipe(recipe: Recipe, settings: SmoraSettings) -> Recipe:
     if recipe.dropout:
         raise ValueError(f"SMoRA trains without dropout, as its ranks are sparse already; got {recipe.dropout}")
+    if recipe.beam is not None:
+        raise ValueError(
+            f"SMoRA gates its ranks where BeamLoRA prunes them, so it takes no {recipe.beam}: leave recipe.beam None, "
+            "or call train_adapter"
+        )
     return recipe if recipe.alpha is not None else replace(recipe, alpha=2.0 * settings.active)
 
 

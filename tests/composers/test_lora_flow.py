@@ -98,6 +98,23 @@ def test_it_is_the_papers_equations_forward_and_backward(module: str, temperatur
         assert torch.allclose(fast.tensors[name].grad, slow.tensors[name].grad, rtol=1e-9, atol=1e-11)
 
 
+def test_the_first_step_reaches_the_adapter_that_the_start_leaves_out():
+    two, x, h = adapters()[:2], tokens(), state()
+    start = LoraFlow.initial(Pool("base", HIDDEN, ("one", "two"), gather_banks(two)), 0, {"task": "two"})
+    tensors = {name: tensor.double().requires_grad_() for name, tensor in start.tensors.items()}
+    composer = LoraFlow(Router(start.method, start.settings, tensors, start.base_model, start.adapters))
+    delta = composer.compose(gather_banks(two), torch.ones(2, 2, dtype=torch.float64))["layers.1.q"]
+    got = delta(x, GateContext("layers.1.q", h))
+    alone = [x @ a.factors["layers.1.q"].A.mT @ a.factors["layers.1.q"].B.mT for a in two]
+    assert torch.equal(got, alone[1])  # the other's share is 1/2 - 1/2 exactly
+    probe = torch.randn(got.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    (got * probe).sum().backward()
+    one, other = ((probe * y).sum(dim=-1) for y in alone)  # (batch, seq): d loss / d share
+    gate = ((one - other)[..., None] / 4 * h).sum(dim=(0, 1))  # the softmax's slope at 1/2 is 1/4
+    assert torch.allclose(tensors["layers.1.bias"].grad, torch.stack([one.sum(), other.sum()]), rtol=1e-10)
+    assert torch.allclose(tensors["layers.1.gate"].grad, torch.stack([gate, -gate]), rtol=1e-10)
+
+
 def shares(router: Router, weights: Tensor) -> Tensor:
     gate = LoraFlow(router).compose(pool().banks, weights)["layers.0.q"].gate
     return gate.layer.to(torch.device("cpu"), torch.float64).shares(state(batch=len(weights)))

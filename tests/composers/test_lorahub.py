@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -35,6 +37,17 @@ def test_fitted_weights_replace_those_of_the_members_and_make_no_member(exact_su
     rows = torch.tensor([[-0.8, 1.2, 0.0], [0.0, 1.2, 0.1]], dtype=torch.float64)
     want = LoraHub(None, exact_sum).compose(banks, rows)["m"](x)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)  # rows stand in another order
+
+
+@pytest.mark.parametrize("exact_sum", [False, True])
+def test_adapters_of_one_content_share_its_fitted_weight(exact_sum: bool):
+    adapters, x = pool(4, 2), tokens(batch=3)
+    composer = LoraHub(fitted(adapters, 0.8, -1.2), exact_sum)
+    copies = [adapters[0], adapters[1], replace(adapters[0], name="copy"), replace(adapters[0], name="again")]
+    rows = torch.tensor([[0.5, 0.1, 0.5, 0.0], [0.2, 0.0, 0.3, 0.5], [0.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
+    once = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    got = composer.compose(gather_banks(copies), rows)["m"](x)
+    torch.testing.assert_close(got, composer.compose(gather_banks(adapters), once)["m"](x), rtol=0, atol=1e-12)
 
 
 def test_a_member_without_fitted_weight_is_named():

@@ -62,6 +62,17 @@ def test_the_recipe_names_method_parameters_sources_and_how_far_the_result_is_fr
     assert recipe["relative_error"] == pytest.approx((off.norm() / exact.norm()).item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_error_told_is_against_the_weights_given_not_against_them_rounded(dtype: torch.dtype):
+    adapters, weights = [adapter.to(dtype=dtype) for adapter in pool(4, 2, 3)], [1 / 3, 1 / 3, 1 / 3]
+    merged = compose(adapters, weights, "mixture")
+    exact = sum(
+        w * a.factors["m"].B.double() @ a.factors["m"].A.double() for w, a in zip(weights, adapters, strict=True)
+    )
+    off = merged.factors["m"].B.double() @ merged.factors["m"].A.double() - exact
+    assert merged.recipe["relative_error"] == pytest.approx((off.norm() / exact.norm()).item(), rel=1e-6)
+
+
 def test_base_model_and_task_are_kept_where_the_sources_agree():
     a, b = (Adapter(name, {"m": factors(2, s)}, "base", "CAUSAL_LM") for s, name in enumerate("ab"))
     assert (compose([a, b]).base_model, compose([a, b]).task_type) == ("base", "CAUSAL_LM")

@@ -208,16 +208,36 @@ def test_the_start_is_nearly_uniform_and_nothing_noted_is_no_loss():
     assert Mole(router).auxiliary_loss({}) is None
 
 
-def test_embeddings_keep_their_weights_and_modules_outside_the_layers_have_gates_of_their_own():
+def outside() -> Adapter:
     table = replace(factors(2, 1, 30, 6), kind="embedding")
-    both = [Adapter("e", {"embed": table, "lm_head": factors(1, 2, 6, 30)})]
-    router = noisy(Mole.initial(pool(both), 0, {}))
-    assert router.settings["sites"] == {"lm_head": "lm_head"}
-    delta = composed(Mole(router), [[-0.5]], both)["embed"]
-    assert delta.gate is None
-    assert torch.equal(delta.weights, torch.tensor([[-0.5, -0.5]]).double())
-    with pytest.raises(ValueError, match="nothing to gate"):
-        Mole.initial(pool([Adapter("only", {"embed": table})]), 0, {})
+    return Adapter("outside", {"embed": table, "lm_head": factors(1, 2, 6, 30)})
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "layer", "block"])
+def test_embeddings_and_modules_outside_the_layers_keep_their_weights(granularity: str):
+    both = [replace(outside(), factors={**outside().factors, Q0: factors(2, 3, 6, 9)})]
+    router = noisy(Mole.initial(pool(both), 0, {"granularity": granularity}))
+    assert list(router.settings["sites"].values()) == [Q0]
+    deltas = composed(Mole(router), [[-0.5]], both)
+    assert [path for path, delta in deltas.items() if delta.gate is not None] == [Q0]
+    assert torch.equal(deltas["embed"].weights, torch.tensor([[-0.5, -0.5]]).double())
+    assert torch.equal(deltas["lm_head"].weights, torch.tensor([[-0.5]]).double())
+
+
+def test_the_gate_of_the_network_counts_outside_the_layers_and_is_decided_inside():
+    late = "decoder.block.0.layer.0.SelfAttention.q"  # of an encoder-decoder, whose head sorts before its decoder
+    both = [replace(outside(), factors={**outside().factors, late: factors(2, 3, 6, 9)})]
+    router = noisy(Mole.initial(pool(both), 0, {"granularity": "network"}))
+    assert router.settings["sites"] == {"network": late}
+    head = composed(Mole(router), [[-0.5]], both)["lm_head"]
+    shares = head.gate.multipliers(head.weights, {"mole.network": torch.tensor([[0.25]])})
+    assert shares.tolist() == [[0.25]]
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "layer", "block", "network"])
+def test_adapters_of_nothing_inside_a_layer_leave_nothing_to_gate(granularity: str):
+    with pytest.raises(ValueError, match="adapt no linear module inside a layer: there is nothing to gate"):
+        Mole.initial(pool([outside()]), 0, {"granularity": granularity})
 
 
 @pytest.mark.parametrize(

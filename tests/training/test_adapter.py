@@ -168,6 +168,13 @@ def test_the_checkpoint_of_another_run_is_refused_or_deleted(train, tmp_path, ot
     assert train(tmp_path / "a", resume=False, **other).steps == 12
 
 
+def test_a_row_that_moved_from_the_data_to_the_dev_rows_makes_another_run(train, tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path / "a", data=ROWS[:30], dev=ROWS[30:], on_step=interrupt_at(4))
+    with pytest.raises(ValueError, match="belongs to another run"):
+        train(tmp_path / "a", data=ROWS[:29], dev=ROWS[29:])
+
+
 def test_an_unknown_target_module_is_refused_with_those_there_are(train, tmp_path):
     with pytest.raises(ValueError, match=r"no module named query; it has .*q_proj"):
         train(tmp_path / "a", recipe=Recipe(target_modules=("q_proj", "query")))

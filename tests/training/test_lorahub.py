@@ -11,7 +11,8 @@ import torch
 
 from loracompose.composers.lorahub import LoraHub
 from loracompose.composition.bank import gather_banks
-from loracompose.runtime.attach import attach
+from loracompose.runtime.attach import attach, model_lock
+from loracompose.training import lorahub
 from loracompose.training.data import Example, encode_example
 from loracompose.training.lorahub import fit_lorahub, mean_loss, minimise
 from tests import laws
@@ -103,6 +104,33 @@ def test_an_error_in_the_objective_ends_the_thread_of_the_solver():
         threading.Event().wait(0.01)
     assert threading.active_count() == before
     assert error.tb is not None  # the traceback is alive, and does not keep the solver
+
+
+def test_it_waits_for_the_model_where_somebody_else_has_it(monkeypatch: pytest.MonkeyPatch):
+    model, asked, evaluated = laws.base("llama"), threading.Event(), threading.Event()
+
+    def watched(objective, *given, **options):
+        def first_asked(weights: Sequence[float]) -> float:
+            asked.set()
+            return objective(weights)
+
+        return minimise(first_asked, *given, **options)
+
+    def noted(*given) -> float:
+        evaluated.set()
+        return mean_loss(*given)
+
+    monkeypatch.setattr(lorahub, "minimise", watched)
+    monkeypatch.setattr(lorahub, "mean_loss", noted)
+    fit = threading.Thread(target=fit_lorahub, args=(model, tokenizer(), pool(), EXAMPLES), kwargs={"budget": 6})
+    with model_lock(model):
+        fit.start()
+        assert asked.wait(60)
+        assert not evaluated.wait(0.5)
+        assert not any(module._forward_hooks for module in model.modules())
+    fit.join(60)
+    assert evaluated.is_set()
+    assert not model_lock(model).locked()
 
 
 def test_without_nevergrad_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

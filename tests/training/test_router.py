@@ -12,15 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from loracompose import AdapterIndex
+from loracompose.adapters.lora import LoraFactors
 from loracompose.composers import COMPOSERS, get_composer
 from loracompose.composers.cat import Cat
 from loracompose.composers.lora_flow import LoraFlow
 from loracompose.composition.router import load_router
 from loracompose.models import load_base
+from loracompose.retrieval.embedding import CallableEmbedder
 from loracompose.training.router import train_router
 from loracompose.training.router_loop import Material, composed_loss, prompt_mask
 from loracompose.training.router_recipe import RouterRecipe
 from tests import laws
+from tests.engines import build_pool
+from tests.retrieval.material import TASKS, bag_of_words
+from tests.tiny import VOCABULARY
 from tests.training.interruption import Interrupted, interrupt_at
 from tests.training.tiny_base import base_folder
 
@@ -68,6 +74,18 @@ def test_routers_of_prompts_and_gate_vectors_are_trained_by_the_same_loop(train,
     moved = COMPOSERS[method].initial(loaded_pool(train, tmp_path, method), 0, {}).tensors
     assert all(not torch.equal(moved[name], tensor) for name, tensor in report.router.tensors.items())
     assert get_composer(method, load_router(tmp_path / "r")).router.fingerprint == report.router.fingerprint
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "network"])
+def test_mole_is_trained_also_with_adapters_of_the_output_head(train, tmp_path, adapters, granularity):
+    head = LoraFactors(0.1 * torch.ones(1, 32), 0.1 * torch.ones(VOCABULARY, 1))
+    headed = [
+        replace(adapter, factors={**adapter.factors, "lm_head": head}, known_fingerprint=None) for adapter in adapters
+    ]
+    recipe = RouterRecipe(steps=2, batch_size=6)
+    report = train(tmp_path / "r", "mole", adapters=headed, recipe=recipe, settings={"granularity": granularity})
+    assert report.steps == 2
+    assert not any("lm_head" in name for name in report.router.tensors)
 
 
 @pytest.mark.parametrize("method", ["lora_flow", "cat"])
@@ -283,6 +301,35 @@ def test_other_adapters_are_another_run(train, tmp_path, adapters):
         train(tmp_path / "r", adapters=adapters[:2])
 
 
+def test_adapters_that_swapped_their_names_are_another_run(train, tmp_path, adapters):
+    recipe = replace(RECIPE, members="own")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "r", recipe=recipe, on_step=interrupt_at(4))
+    swapped = [replace(adapters[0], name="no"), replace(adapters[1], name="yes"), adapters[2]]
+    with pytest.raises(ValueError, match="belongs to another run"):
+        train(tmp_path / "r", recipe=recipe, adapters=swapped)
+
+
+@pytest.mark.parametrize("changed", ["rows", "dev rows"])
+def test_an_index_that_finds_others_for_the_prompts_makes_another_run(train, tmp_path, monkeypatch, changed):
+    pool, embedder = build_pool(tmp_path / "pool"), CallableEmbedder(bag_of_words, "bag-of-words", "1")
+    rows = [{"prompt": prompt, "response": "x", "task": task} for task, prompts in TASKS.items() for prompt in prompts]
+    given = {"data": rows, "dev": rows[::3], "recipe": replace(RECIPE, members="retrieved", k=1)}
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder) as index:
+        with pytest.raises(Interrupted):
+            train(tmp_path / "r", adapters=index, on_step=interrupt_at(4), **given)
+        search, asked = index.search, []
+
+        def as_after_a_change(prompts, *more, **options):
+            asked.append("rows" if not asked else "dev rows")  # the order in which they are looked up
+            return search(["add one"] * len(prompts) if asked[-1] == changed else prompts, *more, **options)
+
+        monkeypatch.setattr(index, "search", as_after_a_change)
+        with pytest.raises(ValueError, match="belongs to another run"):
+            train(tmp_path / "r", adapters=index, **given)
+    assert asked == ["rows", "dev rows"]
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
@@ -293,6 +340,7 @@ def test_other_adapters_are_another_run(train, tmp_path, adapters):
         ({"adapters": []}, ValueError, "got none"),
         ({"recipe": RouterRecipe(tasks=("si",))}, LookupError, "no task si; it has maybe, no, yes"),
         ({"recipe": RouterRecipe(members="retrieved")}, ValueError, "needs an index"),
+        ({"recipe": RouterRecipe(eval_every=2, patience=3)}, ValueError, "patience is 3, .* no dev rows: give dev"),
         ({"recipe": RouterRecipe(max_length=5)}, ValueError, "all 8 rows of task 'maybe' are longer"),
     ],
 )

@@ -24,6 +24,7 @@ from loracompose.models import load_base
 from loracompose.runtime.attach import attach
 from loracompose.training.adapter import with_lora
 from loracompose.training.batches import response_loss
+from loracompose.training.beam_settings import BeamSettings
 from loracompose.training.data import encode_examples, read_examples
 from loracompose.training.recipe import Recipe
 from loracompose.training.smora import train_smora
@@ -94,6 +95,12 @@ def test_a_resumed_run_equals_one_never_interrupted(train, tmp_path, stop):
     loads = [load_router(tmp_path / f"{name}.router").training["load"] for name in ("cut", "whole")]
     assert loads[0] == loads[1]
     assert not (tmp_path / "cut.partial").exists()
+
+
+def test_a_recipe_of_beam_lora_is_refused(train, tmp_path):
+    with pytest.raises(ValueError, match=r"SMoRA .* BeamLoRA .*: leave recipe.beam None, or call train_adapter"):
+        train(tmp_path / "a", recipe=replace(RECIPE, beam=BeamSettings()))
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(train, tmp_path):

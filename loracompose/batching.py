@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import GenerationConfig
 
+from loracompose.decoding import asked
 from loracompose.membership import Row
 
 BATCH = 32  # prompts that run together if the caller does not say
@@ -42,7 +44,7 @@ def budget_of(
     batch_tokens: int | None,
     max_new_tokens: int | None,
     settings: Mapping[str, Any],
-    default: object = None,
+    own: GenerationConfig | None = None,
 ) -> Budget:
     """The budget of a call: 32 prompts if it says nothing.
 
@@ -51,7 +53,7 @@ def budget_of(
         batch_tokens: tokens that run together.
         max_new_tokens: the longest answer.
         settings: arguments of the model's `generate`.
-        default: the model's own generation config, which says what the settings leave open.
+        own: the model's own config, which says what the settings leave open.
 
     Raises:
         ValueError: a bound below 1, or a bound on tokens without one on the answer's.
@@ -62,8 +64,7 @@ def budget_of(
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     if batch_tokens is not None and max_new_tokens is None:
         raise ValueError("batch_tokens counts the tokens of answers, so it needs max_new_tokens: give both, or neither")
-    config = settings.get("generation_config") or default
-    copies = [settings.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
+    copies = [asked(name, settings, own) or 1 for name in ("num_beams", "num_return_sequences")]
     prompts = BATCH if batch_size is None and batch_tokens is None else batch_size
     return Budget(prompts, batch_tokens, max_new_tokens or 0, max(copies))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from loracompose.lookup import look_up
 from loracompose.membership import AdapterSet, Row, from_hand, from_retrieval, rounded
 from loracompose.models import DEFAULT_BASE, BaseModel, open_base
 from loracompose.overlap import one_ahead
-from loracompose.prompts import Prompt, encode_prompts, prompt_lengths, user_text
+from loracompose.prompts import Prompt, as_prompts, encode_prompts, prompt_lengths, user_text
 from loracompose.request import Request, prepare
 from loracompose.retrieval.filtering import Exclude, Where
 from loracompose.retrieval.index import AdapterIndex
@@ -70,7 +70,7 @@ class Engine:
         *,
         index: str | Path | AdapterIndex | None = None,
         composer: str | Composer = "mixture",
-        k: int = 3,
+        k: int | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         router: str | Path | Router | None = None,
@@ -84,7 +84,7 @@ class Engine:
             model: folder, Hub name, or a transformers model already loaded (then `device` and `dtype` are its own).
             index: folder of an index or an open one; None if sets are always given by hand.
             composer: name in COMPOSERS or an instance.
-            k: how many adapters to retrieve for a prompt.
+            k: how many adapters to retrieve for a prompt; 3 if None.
             device: "auto" is a GPU where there is one.
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
             router: what a composer has learned, or its folder; only for composers that learn.
@@ -94,23 +94,29 @@ class Engine:
 
         Raises:
             LookupError: a name that leads nowhere, or a router for an adapter that the index does not have.
-            ValueError: an argument that would have no effect, such as a router for a composer that takes none, or a
-                router of another base.
+            ValueError: an argument that would have no effect, such as a router for a composer that takes none or k
+                without an index; a k below 1; or a router of another base.
             TypeError: a model that is no transformers model, such as one wrapped by PEFT.
         """
+        if k is not None and index is None:
+            raise ValueError(f"k={k!r} adapters are retrieved from an index, and there is no index: leave k out")
         learned = load_router(router) if isinstance(router, str | Path) else router
         composer = get_composer(composer, learned)
         base = open_base(model, device, dtype, tokenizer)
-        if isinstance(index, str | Path):
-            index = AdapterIndex.open(index)
-            index.prepare()  # so that what is wrong with it is said now, not with the first prompt
-        if (runs := router_of(composer)) is not None:
-            check_router(runs, base, index)
-        # Composed in float32 or better and rounded once, to the dtype of the model, when it is put on.
-        precise = torch.promote_types(base.dtype, torch.float32)
-        store = AdapterStore(max_bytes=store_bytes, device=base.device, dtype=precise, base=base.model)
-        retriever = Retriever(index, k=k) if index is not None else None
-        return cls(base, composer, store, retriever, CompositionCache(cache_bytes))
+        with ExitStack() as undo:
+            if isinstance(index, str | Path):
+                index = AdapterIndex.open(index)
+                undo.callback(index.close)
+                index.prepare()  # so that what is wrong with it is said now, not with the first prompt
+            if (runs := router_of(composer)) is not None:
+                check_router(runs, base, index)
+            # Composed in float32 or better and rounded once, to the dtype of the model, when it is put on.
+            precise = torch.promote_types(base.dtype, torch.float32)
+            store = AdapterStore(max_bytes=store_bytes, device=base.device, dtype=precise, base=base.model)
+            retriever = _retriever(index, k)
+            engine = cls(base, composer, store, retriever, CompositionCache(cache_bytes))
+            undo.pop_all()  # the engine closes its index itself from here on
+        return engine
 
     def __enter__(self) -> Engine:
         return self
@@ -131,7 +137,7 @@ class Engine:
 
     def retrieve(
         self,
-        prompts: Sequence[Prompt],
+        prompts: str | Sequence[Prompt],
         *,
         k: int | None = None,
         exclude: Exclude | None = None,
@@ -139,15 +145,17 @@ class Engine:
     ) -> Retrieval:
         """Find the adapters for prompts, by the user's text alone; see `AdapterIndex.search`.
 
+        One string alone is one prompt.
+
         Raises:
-            ValueError: the engine has no index.
+            ValueError: the engine has no index, or something is no prompt.
         """
         if self.retriever is None:
             raise ValueError(
                 "this engine has no index: open it with Engine.from_pretrained(..., index=...) or pass "
                 "adapters=[...], one set per prompt"
             )
-        texts = [user_text(prompt) for prompt in prompts]
+        texts = [user_text(prompt) for prompt in as_prompts(prompts)]
         retriever = self.retriever if k is None else replace(self.retriever, k=k)
         return retriever.retrieve(texts, exclude=exclude, where=where)
 
@@ -192,8 +200,8 @@ class Engine:
             progress: show a progress bar over prompts.
             overlap: load and compose the next batch in a thread while this one generates. Off by default: on a CPU
                 both want the same cores.
-            **generate_kwargs: passed to the model's `generate` (num_beams, ...). Decoding is greedy unless
-                `do_sample=True` or a `generation_config` says otherwise, whatever the model's own default.
+            **generate_kwargs: passed to the model's `generate` (num_beams, ...). Decoding is greedy unless these or
+                a `generation_config` among them say otherwise, whatever the model's own default.
 
         Returns:
             One Generation per prompt, in the order given.
@@ -202,11 +210,11 @@ class Engine:
             ValueError: arguments that contradict each other or are out of range.
             LookupError: an adapter that the index does not have.
         """
-        asked: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-        settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs)
-        budget = budget_of(batch_size, batch_tokens, max_new_tokens, settings, self.base.model.generation_config)
+        asked, own = as_prompts(prompts), self.base.model.generation_config
+        settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs, own)
+        budget = budget_of(batch_size, batch_tokens, max_new_tokens, settings, own)
         chosen = composer_for_call(composer, self.composer, self.base)
-        check_prefill(chosen, settings, self.base.model.generation_config)
+        check_prefill(chosen, settings, own)
         rows, seconds = self._rows(asked, chosen, adapters, k, exclude, where)
         batches = self._batches(asked, rows, budget)
 
@@ -245,11 +253,12 @@ class Engine:
             where: metadata filter for retrieval.
             **generate_kwargs: passed to the model's `generate`, as in `Engine.generate`.
         """
-        settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs)
+        own = self.base.model.generation_config
+        settings = decoding_settings(self.base.tokenizer, max_new_tokens, generate_kwargs, own)
         stops = list(settings.pop("stopping_criteria", None) or ())
         sets = None if adapters is None else [adapters]
         chosen = composer_for_call(composer, self.composer, self.base)
-        check_prefill(chosen, settings, self.base.model.generation_config)
+        check_prefill(chosen, settings, own)
         rows, seconds = self._rows([prompt], chosen, sets, k, None if exclude is None else [exclude], where)
         request = self._prepare([prompt], rows, chosen, seconds)
         inputs = encode_prompts(self.base.tokenizer, [prompt]).to(self.base.device)
@@ -295,3 +304,10 @@ class Engine:
             return [list(range(len(prompts)))]
         lengths = prompt_lengths(self.base.tokenizer, prompts)
         return plan_batches(lengths, [set_of(row) for row in rows], budget)
+
+
+def _retriever(index: AdapterIndex | None, k: int | None) -> Retriever | None:
+    """What finds adapters in an index, by its own default number if k is None."""
+    if index is None:
+        return None
+    return Retriever(index) if k is None else Retriever(index, k=k)

@@ -18,6 +18,22 @@ ROLES = ("system", "user", "assistant")
 _EXCHANGE = ({"role": "user", "content": "X"}, {"role": "assistant", "content": "Y"})
 
 
+def as_prompts(prompts: str | Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of a call as a list: one string alone is one prompt.
+
+    Raises:
+        ValueError: a chat message alone, whose keys would be taken for prompts.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Mapping):
+        raise ValueError(
+            f"prompts must be a string or a list of prompts, got one chat message, {prompts!r:.200}: a prompt is a "
+            "list of messages, so write [[{...}]]"
+        )
+    return list(prompts)
+
+
 def user_text(prompt: Prompt) -> str:
     """What retrieval sees: the prompt itself, or the last user turn of a list of chat messages.
 

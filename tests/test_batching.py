@@ -50,6 +50,9 @@ def test_a_call_that_says_nothing_runs_32_prompts_together():
     assert budget_of(None, None, 64, {}) == Budget(BATCH, None, 64, 1)
     assert budget_of(None, 900, 64, {"num_beams": 4}) == Budget(None, 900, 64, 4)
     assert budget_of(None, 900, 64, {}, GenerationConfig(num_beams=4)) == Budget(None, 900, 64, 4)  # the model's own
+    silent = {"generation_config": GenerationConfig()}
+    assert budget_of(None, 900, 64, silent, GenerationConfig(num_beams=4)) == Budget(None, 900, 64, 4)  # still its own
+    assert budget_of(None, 900, 64, {"num_beams": 1}, GenerationConfig(num_beams=4)) == Budget(None, 900, 64, 1)
     assert budget_of(8, 900, 64, {"num_return_sequences": 3}) == Budget(8, 900, 64, 3)
 
 

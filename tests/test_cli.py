@@ -181,6 +181,43 @@ def test_compose_writes_an_adapter_with_its_recipe(home, tmp_path):
     assert "relative error" in run("compose", home / "pool" / "sql", "-o", tmp_path / "two").stdout
 
 
+def test_compose_takes_from_an_index_what_was_entered_and_no_name_from_the_working_directory(
+    home, tmp_path, monkeypatch
+):
+    closed = []
+    monkeypatch.setattr(AdapterIndex, "close", lambda index: closed.append(index.folder))
+    run("index", "build", home / "pool", tmp_path / "index", "--copy")
+    monkeypatch.chdir(home / "pool")
+    common = ("-i", tmp_path / "index", "-o", tmp_path / "out")
+    run("index", "remove", tmp_path / "index", "mood")
+    message = run("compose", "sql", "mood", *common, status=2).stderr
+    assert "no adapter 'mood': the index has" in message
+    assert "./mood" in message
+    assert "the index has sql" in run("compose", "sqll", *common, status=2).stderr
+    config = next((tmp_path / "index").rglob("sql*/adapter_config.json"))
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    assert "its files were changed" in run("compose", "sql", "french", *common, status=2).stderr
+    assert not (tmp_path / "out").exists()
+    made = read("compose", "french", "./mood", "french", *common)
+    assert [source["name"] for source in made["sources"]].count("mood") == 1
+    assert closed.count(tmp_path / "index") == 4
+
+
+def test_names_and_paths_in_brackets_are_shown_as_they_are(home, tmp_path):
+    pool, index, out = tmp_path / "[blue]pool", tmp_path / "[red]index", tmp_path / "[bold]out"
+    shutil.copytree(home / "pool" / "sql", pool / "[en]sql")
+    shown = run("index", "build", pool, index).stdout
+    assert "[red]index: 1 adapters" in shown
+    assert "[blue]pool" in shown
+    assert "[red]index: [en]sql removed" in run("index", "remove", index, "[en]sql").stdout
+    assert "[red]index: [en]sql added" in run("index", "add", index, pool / "[en]sql").stdout
+    assert "[red]index: " in run("index", "compact", index).stdout
+    assert "[bold]out: 1 adapters" in run("index", "snapshot", index, out).stdout
+    shown = "".join(run("compose", "[en]sql", "-i", index, "-o", tmp_path / "[dim]made").stdout.split())
+    assert "[en]sql" in shown
+    assert "[dim]made:" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -192,9 +229,12 @@ def test_compose_writes_an_adapter_with_its_recipe(home, tmp_path):
         (("generate", "a", "--stream", "--json", "--adapters", ""), "--json"),
         (("generate", "a", "--stream", "--explain", "--adapters", ""), "--explain: --stream prints"),
         (("generate", "a", "--stream", "--batch-size", "2", "--adapters", ""), "--batch-size: --stream prints"),
+        (("generate", "a", "--stream", "--batch-size", "0", "--adapters", ""), "--batch-size: --stream prints"),
+        (("generate", "a", "--stream", "--batch-tokens", "0", "--adapters", ""), "--batch-tokens: --stream prints"),
         (("generate", "a", "--adapters", "", "--seed", "1"), "add --sample"),
         (("compose", "a", "b", "-o", "out", "-w", "1,x"), "one number per adapter"),
         (("generate", "x", "--adapters", "a=1,b"), "every adapter a weight"),
+        (("generate", "x", "--adapters", "a=b"), "--adapters 'a=b'"),
         (("index", "search", "nowhere", "x"), "nowhere"),
         (("compose", "nowhere", "-o", "out"), "nowhere"),
     ],

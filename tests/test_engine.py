@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 
-from loracompose import COMPOSERS, Adapter, Engine, LoraFactors, compose, load_adapter
+from loracompose import COMPOSERS, Adapter, AdapterIndex, Engine, LoraFactors, compose, load_adapter
 from loracompose.composers import Mixture
 from loracompose.composition.router import Router
 from loracompose.runtime.attach import model_lock
@@ -95,6 +95,12 @@ def test_removing_an_adapter_changes_no_answer_that_does_not_use_it(tmp_path):
     assert texts(engine.generate(PROMPTS[:2], adapters=sets, max_new_tokens=6)) == want
     with pytest.raises(LookupError, match="'sums'"):
         engine.generate(PROMPTS[:1], adapters=[["sums"]])
+
+
+def test_one_string_alone_is_one_prompt_of_retrieval_too(engine):
+    found = engine.retrieve("add two and nine", k=1)
+    assert len(found.scores) == 1
+    assert engine.generate("add two and nine", k=1, max_new_tokens=1)[0].adapters[0].name == "sums"
 
 
 def test_excluded_adapters_are_not_used(engine):
@@ -197,6 +203,7 @@ def test_a_tokenizer_without_padding_token_is_not_changed():
         (TypeError, "name or an instance", {"composer": Mixture}),
         (ValueError, "attention_mask", {"attention_mask": None}),
         (ValueError, "a prompt is a string or a list", {"prompts": [{"role": "user"}, "b"]}),
+        (ValueError, "one chat message", {"prompts": {"role": "user", "content": "hi"}}),
     ],
 )
 def test_wrong_calls_are_refused_with_the_reason(engine, error, message, arguments):
@@ -389,6 +396,7 @@ def test_a_module_that_the_model_never_calls_stands_in_the_trace():
     [
         (ValueError, "keeps its device", {"device": "cpu"}),
         (ValueError, "keeps its device", {"dtype": "float32"}),
+        (ValueError, "k=5 .*no index.*leave k out", {"k": 5}),
         (TypeError, "unload", {"model": torch.nn.Linear(1, 1)}),
         (ValueError, "loaded with it", {"model": "some/name"}),
     ],
@@ -396,6 +404,36 @@ def test_a_module_that_the_model_never_calls_stands_in_the_trace():
 def test_arguments_that_would_have_no_effect_are_refused(error, message, arguments):
     with pytest.raises(error, match=message):
         Engine.from_pretrained(**{"model": base_model(), "tokenizer": tokenizer(), **arguments})
+
+
+def test_an_index_opened_for_an_engine_that_cannot_be_made_is_closed_and_one_given_stays_open(tmp_path, monkeypatch):
+    given = build_engine(tmp_path).index
+    encoder, opened, open_index = given.embedder, [], AdapterIndex.open
+
+    def watched(folder):
+        opened.append(open_index(folder, embedder=encoder))
+        return opened[-1]
+
+    def interrupted(index):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AdapterIndex, "open", watched)
+    loaded = {"model": base_model(), "tokenizer": tokenizer()}
+    with pytest.raises(ValueError, match="k must be"):
+        Engine.from_pretrained(**loaded, index=tmp_path / "index", k=0)
+    with pytest.raises(ValueError, match="k must be"):
+        Engine.from_pretrained(**loaded, index=given, k=0)
+    with Engine.from_pretrained(**loaded, index=tmp_path / "index") as engine:
+        assert (len(engine.index.cards), engine.retriever.k) == (4, 3)
+    monkeypatch.setattr(AdapterIndex, "prepare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Engine.from_pretrained(**loaded, index=tmp_path / "index")
+    assert len(opened) == 3
+    for index in opened:
+        with pytest.raises(ValueError, match="was closed"):
+            index.card("mood")
+    assert given.card("mood").name == "mood"
+    given.close()
 
 
 def test_an_engine_without_index_says_so():

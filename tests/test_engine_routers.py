@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from loracompose.composers.cat import Cat
 from loracompose.composers.lora_flow import LoraFlow
 from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.router import load_router, save_router
-from loracompose.decoding import check_prefill
 from loracompose.retrieval.embedding import CallableEmbedder
 from loracompose.training.router import train_router
 from loracompose.training.router_recipe import RouterRecipe
@@ -189,20 +187,18 @@ def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it(home, 
 
 
 @pytest.mark.parametrize(
-    "given", [{"prefill_chunk_size": 2}, {"generation_config": GenerationConfig(prefill_chunk_size=2)}]
+    ("given", "why"),
+    [
+        ({"prefill_chunk_size": 2}, "pieces of 2 tokens"),
+        ({"generation_config": GenerationConfig(prefill_chunk_size=2)}, "pieces of 2 tokens"),
+        ({"prompt_lookup_num_tokens": 3}, "drafts .*prompt_lookup_num_tokens"),
+        ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "drafts .*prompt_lookup_num_tokens"),
+    ],
 )
-def test_prompts_are_not_split_for_a_composer_that_decides_on_the_whole_prompt(engine, given):
+def test_a_composer_that_decides_on_the_whole_prompt_is_given_it_in_one_piece_and_alone(engine, given, why):
     kind = COMPOSERS["mole"]
     adapters = [load_adapter(engine.index.path(card.name)) for card in engine.index.cards]
     ordered = [adapters[i] for i in content_order(adapters)]
     pool = Pool("base", 16, tuple(a.name for a in ordered), gather_banks(ordered))
-    with pytest.raises(ValueError, match=r"'mole' decides once on the whole prompt.* pieces of 2 tokens"):
-        engine.generate(PROMPTS, composer=kind(kind.initial(pool, 0, {})), max_new_tokens=None, **given)
-
-
-def test_what_the_model_itself_says_about_reading_in_pieces_counts_where_nothing_else_is_given():
-    composer = SimpleNamespace(scope="prompt", name="mole")
-    own = GenerationConfig(prefill_chunk_size=2)
-    with pytest.raises(ValueError, match="pieces of 2 tokens"):
-        check_prefill(composer, {}, own)
-    check_prefill(composer, {"generation_config": GenerationConfig()}, own)
+    with pytest.raises(ValueError, match=rf"'mole' decides once on the whole prompt.* {why}"):
+        engine.generate(PROMPTS[:1], composer=kind(kind.initial(pool, 0, {})), max_new_tokens=None, **given)

@@ -227,6 +227,24 @@ def test_what_changes_the_vectors_of_an_encoder_changes_its_revision(tmp_path, f
     assert encoder_revision(tmp_path / "encoder") != before
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_a_module_of_an_encoder_may_have_other_weights_than_safetensors(tmp_path, file):
+    folder = encoder_folder(tmp_path / "encoder")
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / file).write_text("weights")
+    before = encoder_revision(folder)
+    (folder / "2_Dense" / file).write_text("changed")
+    assert encoder_revision(folder) != before
+    (folder / "2_Dense" / "model.safetensors").write_text("weights")  # which is loaded instead
+    before = encoder_revision(folder)
+    (folder / "2_Dense" / file).write_text("changed again")
+    assert encoder_revision(folder) == before
+
+
+def test_the_revision_of_an_encoder_is_what_indexes_have_stored(tmp_path):
+    assert encoder_revision(encoder_folder(tmp_path / "encoder")) == "sha256:802193d38ec270c0"
+
+
 def test_a_pooling_that_moves_to_another_module_changes_the_revision(tmp_path):
     before = encoder_revision(encoder_folder(tmp_path / "encoder"))
     (tmp_path / "encoder" / "1_Pooling").rename(tmp_path / "encoder" / "2_Pooling")

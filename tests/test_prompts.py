@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loracompose.models import DEFAULT_BASE, load_tokenizer
-from loracompose.prompts import chat_text, encode_prompts, user_text
+from loracompose.prompts import as_prompts, chat_text, encode_prompts, user_text
 from tests.training.tiny_base import tokenizer
 
 SYSTEM = {"role": "system", "content": "Rhyme."}
@@ -110,6 +110,13 @@ def test_an_invalid_prompt_is_refused_with_its_place(prompt, message):
     for see in (user_text, lambda p: chat_text(tokenizer(), p)):
         with pytest.raises(ValueError, match=message):
             see(prompt)
+
+
+def test_one_string_is_one_prompt_and_one_message_is_none():
+    assert as_prompts("add two") == ["add two"]
+    assert as_prompts(("a", [USER])) == ["a", [USER]]
+    with pytest.raises(ValueError, match=r"one chat message, .*'hello'.*write \[\[\{...\}\]\]"):
+        as_prompts(USER)
 
 
 def test_an_empty_batch_is_refused():

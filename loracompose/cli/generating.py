@@ -56,7 +56,7 @@ def generate(
     decoding = decoding_settings(beams, sample, temperature, seed)
     if stream:
         given_too = {"--explain": explain, "--batch-size": batch_size, "--batch-tokens": batch_tokens}
-        if idle := [name for name, value in given_too.items() if value]:
+        if idle := [name for name, value in given_too.items() if value is not None and value is not False]:
             raise ValueError(f"{', '.join(idle)}: --stream prints the text of one answer and nothing else")
         show_stream(engine, asked, as_json, {"k": k, "adapters": given, "max_new_tokens": max_new_tokens, **decoding})
         return

@@ -46,7 +46,9 @@ def build(
     if as_json:
         tables.show_json({"index": str(index), "added": [card.name for card in made.cards], "skipped": skipped})
     else:
-        tables.console().print(f"{index}: {len(made)} adapters indexed from {adapters}", soft_wrap=True)
+        tables.console().print(
+            f"{escape(str(index))}: {len(made)} adapters indexed from {escape(str(adapters))}", soft_wrap=True
+        )
         if made.report and made.report.resumed:
             tables.console().print(
                 f"{made.report.resumed} of them had been embedded by a build that was interrupted", soft_wrap=True
@@ -80,7 +82,7 @@ def add(
         cards.append(card)
         if not as_json:
             tables.console().print(
-                f"{index}: {escape(card.name)} added, fingerprint {card.fingerprint[:12]}", soft_wrap=True
+                f"{escape(str(index))}: {escape(card.name)} added, fingerprint {card.fingerprint[:12]}", soft_wrap=True
             )
     if as_json:
         tables.show_json([{"name": card.name, "fingerprint": card.fingerprint} for card in cards])
@@ -99,7 +101,7 @@ def remove(
     for name in names:
         opened.remove(name)
         if not as_json:
-            tables.console().print(f"{index}: {escape(name)} removed", soft_wrap=True)
+            tables.console().print(f"{escape(str(index))}: {escape(name)} removed", soft_wrap=True)
     if as_json:
         tables.show_json({"removed": names})
 
@@ -200,7 +202,7 @@ def compact(index: Folder, as_json: options.AsJson = False) -> None:
         tables.show_json(asdict(report))
         return
     sizes = f"{report.bytes_before / 1e6:.1f} MB before, {report.bytes_after / 1e6:.1f} MB now"
-    tables.console().print(f"{index}: {sizes}, {len(report.deleted)} leftovers deleted", soft_wrap=True)
+    tables.console().print(f"{escape(str(index))}: {sizes}, {len(report.deleted)} leftovers deleted", soft_wrap=True)
 
 
 @app.command()
@@ -217,7 +219,9 @@ def snapshot(
     if as_json:
         tables.show_json({**asdict(report), "folder": str(report.folder)})
     else:
-        tables.console().print(f"{folder}: {report.adapters} adapters, {report.bytes / 1e6:.1f} MB", soft_wrap=True)
+        tables.console().print(
+            f"{escape(str(folder))}: {report.adapters} adapters, {report.bytes / 1e6:.1f} MB", soft_wrap=True
+        )
     for name in report.missing:
         typer.echo(f"{name} is recorded, but its copy in the index is gone: loracompose index verify {index}", err=True)
     raise typer.Exit(1 if report.missing else 0)

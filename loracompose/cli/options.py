@@ -104,13 +104,41 @@ def parse_weights(text: str) -> list[float]:
 def parse_set(text: str) -> list[str] | dict[str, float]:
     """An adapter set: "a,b" is a list, "a=0.7,b=0.3" a mapping, "" the base model.
 
+    The weights of an adapter named twice add up, as they do in `Engine.generate`.
+
     Raises:
-        ValueError: some adapters have a weight and some do not, or a weight is no number.
+        ValueError: some adapters have a weight and some do not, a weight is no number, or belongs to no name.
     """
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    pairs = [item.rpartition("=") for item in items]
-    if not any(equals for _, equals, _ in pairs):
-        return items
-    if not all(equals for _, equals, _ in pairs):
-        raise ValueError(f"--adapters {text!r}: give every adapter a weight (a=0.7,b=0.3) or none (a,b)")
-    return {name: float(weight) for name, _, weight in pairs}
+    pairs = [split_weight(item.strip()) for item in text.split(",") if item.strip()]
+    if all(weight is None for _, weight in pairs):
+        return [name for name, _ in pairs]
+    totals: dict[str, float] = {}
+    for name, weight in pairs:
+        if weight is None:
+            raise ValueError(f"--adapters {text!r}: give every adapter a weight (a=0.7,b=0.3) or none (a,b)")
+        if not name:
+            raise ValueError(f"--adapters {text!r}: there is no name before the weight {weight}, write a={weight}")
+        totals[name] = totals.get(name, 0.0) + parse_weight(text, name, weight)
+    return totals
+
+
+def split_weight(item: str) -> tuple[str, str | None]:
+    """An adapter and the text of its weight, None if it has none; an equals sign may also be part of a path."""
+    name, equals, weight = item.rpartition("=")
+    if not equals or "/" in weight or Path(item).is_dir():
+        return item, None
+    return name.strip(), weight.strip()
+
+
+def parse_weight(text: str, name: str, weight: str) -> float:
+    """The weight of one adapter of --adapters.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    try:
+        return float(weight)
+    except ValueError:
+        raise ValueError(
+            f"--adapters {text!r}: the weight of {name!r} is {weight!r}, expected a number, such as {name}=0.7"
+        ) from None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from loracompose.cli import options, tables
 from loracompose.cli.options import DEFAULT_BASE
@@ -93,7 +94,7 @@ def router(
     out = tables.console()
     early = f" of {report.planned}" if report.steps < report.planned else ""
     out.print(
-        f"{output}: {report.steps} steps{early} on {tables.examples_told(report, max_length)}, "
+        f"{escape(str(output))}: {report.steps} steps{early} on {tables.examples_told(report, max_length)}, "
         f"{report.parameters} parameters, {report.seconds:.0f} s"
     )
     best = "" if report.dev_loss is None else f" at step {report.best_step}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
+from rich.markup import escape
 
 from loracompose.cli import options, tables
 from loracompose.cli.errors import Commands
@@ -96,7 +97,7 @@ def adapter(
         return
     out = tables.console()
     seen = tables.examples_told(report, max_length)
-    out.print(f"{output}: {report.steps} steps on {seen}, {report.seconds:.0f} s")
+    out.print(f"{escape(str(output))}: {report.steps} steps on {seen}, {report.seconds:.0f} s")
     if report.events:
         pruned = ", ".join(f"{event.pruned} after step {event.step}" for event in report.events)
         out.print(f"ranks pruned and grown anew: {pruned}")
@@ -168,7 +169,7 @@ def retriever(
         tables.show_json({**asdict(report), "output": str(report.output), "steps": report.steps})
         return
     out = tables.console()
-    out.print(f"{output}: {report.steps} steps on {report.examples} examples, {report.seconds:.0f} s")
+    out.print(f"{escape(str(output))}: {report.steps} steps on {report.examples} examples, {report.seconds:.0f} s")
     if report.losses:
         out.print(f"loss {report.losses[0]:.3f} → {report.losses[-1]:.3f}")
     out.print(f"to use it: AdapterIndex.open(index, embedder={str(output)!r}, reembed=True)")

@@ -28,6 +28,15 @@ class Side:
     prompt_mask: Tensor | None = None
 
 
+def one_mask(given: Mapping[str, Tensor] | Tensor | None) -> Tensor | None:
+    """The mask of a pass; where there is one for each kind of layer, that of full attention if a layer has it.
+
+    For a static cache `generate` makes a mapping where the model's config names the kinds of its layers (Qwen2,
+    Gemma 2). Each of its masks tells real tokens from padding; that of a sliding window may have lost the oldest.
+    """
+    return given.get("full_attention", next(iter(given.values()))) if isinstance(given, Mapping) else given
+
+
 class Attachment:
     """Deltas on a model: what has run, and what gates may know; lives as long as one `attach`.
 
@@ -76,20 +85,20 @@ class Attachment:
         mask = kwargs.get("attention_mask")
         if mask is None and len(args) > 1:  # given by its place
             mask = signature(module.forward).bind_partial(*args).arguments.get("attention_mask")
-        self._side = Side(mask, self._prompt_mask)
+        self._side = Side(one_mask(mask), self._prompt_mask)
         self._encoder_states = None
         self._scratch.clear()
 
     def start_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder's tokens follow; the encoder's are still read by the keys and values of cross-attention."""
         self._encoder_states = kwargs.get("encoder_hidden_states")
-        self._encoder_side = Side(kwargs.get("encoder_attention_mask"), self._prompt_mask)
+        self._encoder_side = Side(one_mask(kwargs.get("encoder_attention_mask")), self._prompt_mask)
         starts = None
         if self._prompt_mask is not None:
             read = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
             starts = torch.zeros(read.shape[:2], dtype=torch.bool, device=read.device)
             starts[:, 0] = True
-        self._side = Side(kwargs.get("attention_mask"), starts)
+        self._side = Side(one_mask(kwargs.get("attention_mask")), starts)
 
     def end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Let go of what no module asked for: nothing of a pass outlives it."""

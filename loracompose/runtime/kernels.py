@@ -4,7 +4,7 @@ No bank is gathered: a composition names its ranks by their places, and one of f
 the PyTorch form, `GatheredForm`; with TRITON_INTERPRET=1 these kernels run on a CPU, for tests.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import torch
@@ -119,10 +119,11 @@ def shrink(x: Tensor, A: Tensor, row_of: Tensor, pick: Tensor, live: Tensor) -> 
     h = torch.empty(rows, seq, n_ranks, device=x.device, dtype=torch.float32)
     tokens, width, dot = _blocks(seq)
     grid = (rows, n_ranks // RANKS, triton.cdiv(seq, tokens))
-    _shrink[grid](
-        x.contiguous(), A, row_of, pick, live, h, seq, d_in, n_ranks, rows // len(row_of),
-        SEQ=tokens, RANKS=RANKS, WIDTH=width, DOT=dot,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton starts kernels on the thread's current GPU, wherever the tensors are
+        _shrink[grid](
+            x.contiguous(), A, row_of, pick, live, h, seq, d_in, n_ranks, rows // len(row_of),
+            SEQ=tokens, RANKS=RANKS, WIDTH=width, DOT=dot,
+        )  # fmt: skip
     return h
 
 
@@ -146,10 +147,11 @@ def expand(
     out = torch.empty_like(y)
     tokens, width, dot = _blocks(seq)
     grid = (rows, triton.cdiv(d_out, width), triton.cdiv(seq, tokens))
-    _expand[grid](
-        h, B, row_of, pick, scale, live, y, out, seq, d_out, n_ranks, ranks.start // RANKS, ranks.stop // RANKS,
-        rows // len(row_of), SEQ=tokens, RANKS=RANKS, WIDTH=width, DOT=dot,
-    )  # fmt: skip
+    with torch.cuda.device_of(h):
+        _expand[grid](
+            h, B, row_of, pick, scale, live, y, out, seq, d_out, n_ranks, ranks.start // RANKS, ranks.stop // RANKS,
+            rows // len(row_of), SEQ=tokens, RANKS=RANKS, WIDTH=width, DOT=dot,
+        )  # fmt: skip
     return out
 
 

@@ -1,11 +1,19 @@
-"""The Triton form against the PyTorch form, in float32; run as a process of its own with TRITON_INTERPRET=1."""
+"""The Triton form against the PyTorch form, in float32; run as a process of its own with TRITON_INTERPRET=1.
+
+Prints the largest relative error, and how many kernels were started with and without choosing their tensors' GPU.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from loracompose.runtime import kernels
 from loracompose.runtime.forms import GatheredForm, GroupBank
 from loracompose.runtime.grouped import GroupedForm
 from loracompose.runtime.rows import RowUse
@@ -42,5 +50,30 @@ def largest_error(times: int, seq: int, d_in: int, widths: tuple[int, ...], rank
     return max(errors)
 
 
+class Watched:
+    """A kernel that notes at each start whether the GPU of a tensor is chosen."""
+
+    chosen: ClassVar[list[Tensor]] = []
+    starts: ClassVar[dict[bool, int]] = {True: 0, False: 0}
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.starts[bool(self.chosen)] += 1
+        return self._kernel[grid]
+
+
+@contextmanager
+def device_of(tensor: Tensor) -> Iterator[None]:
+    """In the place of `torch.cuda.device_of`, of which a CPU sees nothing."""
+    Watched.chosen.append(tensor)
+    yield
+    Watched.chosen.pop()
+
+
 if __name__ == "__main__":
-    sys.stdout.write(f"{max(largest_error(*shape) for shape in SHAPES)}\n")
+    torch.cuda.device_of = device_of  # type: ignore[assignment,misc]
+    kernels._shrink, kernels._expand = Watched(kernels._shrink), Watched(kernels._expand)
+    worst = max(largest_error(*shape) for shape in SHAPES)
+    sys.stdout.write(f"{worst} {Watched.starts[True]} {Watched.starts[False]}\n")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import Gate
@@ -201,5 +202,31 @@ def test_padding_is_told_from_prompts_with_a_static_cache_too():
         laws.base("llama").generate(**inputs, max_new_tokens=2, do_sample=False, cache_implementation="static")
     prefill, step = gate.seen
     assert prefill.attention_mask.ndim == 4
+    assert torch.equal(prefill.valid(5), inputs["attention_mask"] != 0)
+    assert step.valid(1).all()
+
+
+@pytest.mark.parametrize("layers", [("full_attention", "sliding_attention"), ("sliding_attention",) * 2])
+def test_padding_is_told_from_prompts_where_a_static_cache_has_a_mask_for_each_kind_of_layer(layers: tuple[str, ...]):
+    config = Qwen2Config(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=16,
+        layer_types=list(layers),
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config).double().eval()
+    gate, inputs = Recorder(), laws.padded(laws.prompts((5, 2)))
+    with attach(model, gated("llama", (gate,), rows=2)), torch.no_grad():
+        model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, cache_implementation="static")
+    prefill, step = gate.seen
     assert torch.equal(prefill.valid(5), inputs["attention_mask"] != 0)
     assert step.valid(1).all()

@@ -12,9 +12,9 @@ import torch
 from loracompose.runtime.grouped import kernels_run
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is made for Linux alone")
-def test_the_triton_form_is_the_pytorch_form_for_unequal_ranks_rows_without_adapters_beams_and_long_passes():
-    """In Triton's interpreter, which is chosen before Triton is imported: hence the process."""
+@pytest.fixture(scope="module")
+def interpreted() -> tuple[float, int, int]:
+    """What `run_kernels` found in Triton's interpreter, which is chosen before Triton is imported: a process."""
     process = subprocess.run(
         [sys.executable, "-m", "tests.runtime.run_kernels"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -23,7 +23,23 @@ def test_the_triton_form_is_the_pytorch_form_for_unequal_ranks_rows_without_adap
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    assert float(process.stdout) < 1e-5
+    error, guarded, bare = process.stdout.split()
+    return float(error), int(guarded), int(bare)
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is made for Linux alone")
+
+
+@needs_triton
+def test_the_triton_form_is_the_pytorch_form_for_unequal_ranks_rows_without_adapters_beams_and_long_passes(interpreted):
+    assert interpreted[0] < 1e-5
+
+
+@needs_triton
+def test_a_kernel_is_started_on_the_gpu_of_its_tensors_whichever_is_current(interpreted):
+    _, guarded, bare = interpreted
+    assert guarded > 0
+    assert bare == 0
 
 
 def test_the_kernels_never_run_on_a_cpu():

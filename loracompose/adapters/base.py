@@ -120,6 +120,7 @@ def _targets(layout: AdapterLayout, model: nn.Module, named: Mapping[str, nn.Mod
         question = SimpleNamespace(target_modules=settings.target_modules, task_type=settings.task_type)
         linear = _maybe_include_all_linear_layers(question, model).target_modules
         settings = replace(settings, target_modules=frozenset(linear))
+    settings.check_work(layout.name, named)
     return {module for module in named if module and settings.targets(module)}
 
 

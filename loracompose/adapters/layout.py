@@ -97,6 +97,7 @@ def arrange(folder: Path, name: str, settings: LoraSettings, entries: Mapping[st
     """Pair the tensors of each module and hold them against the settings; raises as `read_layout` does."""
     pairs, copies = _sort_tensors(name, entries)
     modules = {}
+    settings.check_work(name, pairs)
     for module, (kind, tensors) in sorted(pairs.items()):
         if not settings.targets(module):
             raise ValueError(f"{name}: {module!r} has tensors, but the configuration does not target it")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from loracompose.adapters.patterns import check_pattern
+from loracompose.adapters.patterns import MAX_WAYS, check_pattern, ways_to_match
 
 ALL_LINEAR = "all-linear"
 
@@ -117,6 +118,35 @@ class LoraSettings:
         config = dataclasses.replace(self, target_modules=frozenset((module,))) if self.needs_base else self
         return bool(check_target_module_exists(config, module))
 
+    def check_work(self, name: str, modules: Iterable[str]) -> None:
+        """Refuse patterns that may take hours to match these module paths, before they are.
+
+        Raises:
+            ValueError: the field, for the adapter `name`.
+        """
+        lengths = Counter(map(len, modules))
+        for field, patterns in self._patterns().items():
+            work = sum(ways_to_match(pattern, lengths) for pattern in patterns)
+            if work > MAX_WAYS:
+                raise ValueError(
+                    f"{name}: {field} may take hours to match: {work:.0e} ways are left by {len(patterns)} patterns "
+                    f"and {lengths.total()} module paths of up to {max(lengths)} characters, at most {MAX_WAYS:.0e} "
+                    "are tried; list the modules instead"
+                )
+
+    def _patterns(self) -> dict[str, list[str]]:
+        """Field -> its regular expressions, as PEFT runs them."""
+        whole = {
+            "target_modules": None if self.needs_base else self.target_modules,
+            "exclude_modules": self.exclude_modules,
+        }
+        return {
+            **{field: [value] for field, value in whole.items() if isinstance(value, str)},
+            "layers_pattern": [_layer_as_run(pattern) for pattern in self.layers_pattern or ()],
+            "rank_pattern": [_key_as_run(key) for key in self.rank_pattern],
+            "alpha_pattern": [_key_as_run(key) for key in self.alpha_pattern],
+        }
+
     def rank(self, module: str) -> int:
         """The rank of a module after `rank_pattern`."""
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
@@ -126,6 +156,16 @@ class LoraSettings:
         alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
         rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _key_as_run(key: str) -> str:
+    """A key of `rank_pattern` or `alpha_pattern` as PEFT matches it."""
+    return rf"(.*\.)?({key})$"
+
+
+def _layer_as_run(pattern: str) -> str:
+    """An item of `layers_pattern` as PEFT matches it."""
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
 def read_settings(raw: Mapping[str, Any], name: str) -> LoraSettings:
@@ -238,7 +278,7 @@ class _Fields:
     def layer_names(self, field: str) -> tuple[str, ...] | None:
         value = self.raw[field]
         names = self.names(field, [value] if isinstance(value, str) else value or [])
-        return tuple(self.regex(field, name) for name in names if name) or None
+        return tuple(self.regex(field, name, _layer_as_run(name)) for name in names if name) or None
 
     def names(self, field: str, value: Any) -> list[str]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -259,7 +299,7 @@ class _Fields:
         if not isinstance(value, dict):
             raise self.fail(field, "an object of name or regex -> number", value)
         for key in value:
-            self.regex(field, key, rf"(.*\.)?({key})$")  # as PEFT matches it
+            self.regex(field, key, _key_as_run(key))
         return value
 
     def regex(self, field: str, pattern: str, as_run: str | None = None) -> str:

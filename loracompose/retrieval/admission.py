@@ -51,8 +51,7 @@ def admitted(folder: str | Path, home: Path, *, copies: bool) -> Iterator[Admitt
     try:
         yield Admitted(complete(card, place), relative(place, home))
     except BaseException:
-        if copies:
-            discard_copy(place, home)
+        discard_copy(place, home, copies=copies)
         raise
 
 

@@ -61,7 +61,7 @@ def save_snapshot(catalog: Catalog, home: Path, folder: Path) -> SnapshotReport:
         try:
             forget_derived(copied)
             entries = copied.entries()
-            inside, outside = _by_place(entries, home)
+            inside, outside = _by_place(entries, home, copies=copied.settings.copies)
             missing = tuple(entry.card.name for entry in inside if not (aside.folder / entry.path).is_dir())
             refer(copied, {entry.id: _referred(home / entry.path, folder) for entry in outside})
             files = {path.relative_to(aside.folder).as_posix(): _sha256(path) for path in _copied_files(aside.folder)}
@@ -87,7 +87,7 @@ def restore_snapshot(snapshot: Path, home: Path) -> int:
         catalog = _checked_catalog(snapshot, aside.folder, manifest)
         try:
             forget_derived(catalog)  # somebody may have searched in the snapshot
-            _, outside = _by_place(catalog.entries(), snapshot)
+            _, outside = _by_place(catalog.entries(), snapshot, copies=catalog.settings.copies)
             refer(catalog, {entry.id: _referred(_found(entry, snapshot, manifest), home) for entry in outside})
         finally:
             catalog.close()
@@ -107,21 +107,22 @@ def _copied(catalog: Catalog, home: Path, aside: Path) -> Catalog:
         (aside / CATALOG_FILE).unlink(missing_ok=True)
         catalog.database.copy_to(aside / CATALOG_FILE)
         copied = Catalog.open(aside / CATALOG_FILE)
-        entries = copied.entries()
+        entries, copies = copied.entries(), copied.settings.copies
         for entry in entries:
-            _copy_once(home / entry.path, home, aside / entry.path)
+            if is_copy(home / entry.path, home, copies=copies):
+                _copy_once(home / entry.path, aside / entry.path)
         if set(copied.ids()) <= set(catalog.ids()):
             break
         copied.close()
-    for folder in leftover_copies(aside, entries):
+    for folder in leftover_copies(aside, entries, copies=copies):
         shutil.rmtree(folder)
     for folder in aside.rglob("*/"):
         sync(folder)
     return copied
 
 
-def _copy_once(place: Path, home: Path, target: Path) -> None:
-    if not is_copy(place, home) or target.exists() or not place.is_dir():
+def _copy_once(place: Path, target: Path) -> None:
+    if target.exists() or not place.is_dir():
         return
     try:
         copy_files(place, target)
@@ -129,10 +130,10 @@ def _copy_once(place: Path, home: Path, target: Path) -> None:
         shutil.rmtree(target)
 
 
-def _by_place(entries: list[Entry], home: Path) -> tuple[list[Entry], list[Entry]]:
-    """The adapters that are copies in the index folder, and those outside of it."""
-    inside = [entry for entry in entries if is_copy(home / entry.path, home)]
-    return inside, [entry for entry in entries if not is_copy(home / entry.path, home)]
+def _by_place(entries: list[Entry], home: Path, *, copies: bool) -> tuple[list[Entry], list[Entry]]:
+    """The adapters that are copies in the index folder, and those that it refers to."""
+    inside = [entry for entry in entries if is_copy(home / entry.path, home, copies=copies)]
+    return inside, [entry for entry in entries if not is_copy(home / entry.path, home, copies=copies)]
 
 
 def _copied_files(folder: Path) -> list[Path]:
@@ -184,7 +185,9 @@ def _read_manifest(snapshot: Path) -> Manifest:
     except TypeError as error:
         raise ValueError(f"the snapshot {snapshot} is damaged: {MANIFEST_FILE}: {error}") from error
     wrong = [
-        name for name in manifest.files if not is_copy((snapshot / name).parent, snapshot) or ".." in Path(name).parts
+        name
+        for name in manifest.files
+        if not is_copy((snapshot / name).parent, snapshot, copies=True) or ".." in Path(name).parts
     ]
     if wrong:
         raise ValueError(f"the snapshot {snapshot} is damaged: {MANIFEST_FILE} names {wrong[0]!r}, which is no copy")

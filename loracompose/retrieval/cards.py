@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from loracompose.adapters.folder import read_json_object
+
 CARD_FILE = "card.json"
+
+_DEEPEST = 100  # levels: what is nested near Python's limit can be read here and not where the stack is deeper
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def read_card(folder: Path, name: str | None = None) -> Card:
         name: the adapter's name where it is not the name of `folder`.
 
     Raises:
-        ValueError: there is no `card.json`, it is not such a card, or it has no examples.
+        ValueError: there is no `card.json`, it is too large or not such a card, or it has no examples.
     """
     path = folder / CARD_FILE
     name = folder.name if name is None else name
@@ -72,16 +75,16 @@ def read_card(folder: Path, name: str | None = None) -> Card:
             'Write one: {"description": str, "examples": [prompt, ...], "tags": [str, ...], "license": str}'
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-        raise ValueError(f"{name}: {CARD_FILE} is not JSON in UTF-8: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{name}: {CARD_FILE} must hold an object, got {type(content).__name__}")
+        content = read_json_object(path)
+    except (ValueError, LookupError) as error:  # a LookupError where it went a moment ago
+        raise ValueError(f"{name}: {error}") from error
     return _card(name, content)
 
 
 def _card(name: str, content: dict[str, Any]) -> Card:
     extra = {key: value for key, value in content.items() if key not in _KEYS}
+    for key, value in extra.items():
+        _check_depth(name, key, value, _DEEPEST)
     groups = _groups(name, content)
     labels = tuple(kind for kind, prompts in groups.items() for _ in prompts)
     return Card(
@@ -136,6 +139,16 @@ def _written(name: str, prompts: tuple[str, ...], whose: str) -> tuple[str, ...]
     if blank:
         raise ValueError(f"{name}: {CARD_FILE} has blank examples{whose} at positions {blank}; remove them")
     return prompts
+
+
+def _check_depth(name: str, key: str, value: Any, left: int) -> None:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None:
+        return
+    if not left:
+        raise ValueError(f"{name}: {key!r} in {CARD_FILE} is nested more than {_DEEPEST} levels deep; flatten it")
+    for item in inner:
+        _check_depth(name, key, item, left - 1)
 
 
 _KEYS = frozenset({"description", "examples", "tags", "license"})

@@ -38,7 +38,7 @@ def compact(catalog: Catalog, home: Path) -> CompactReport:
 def drop_leftovers(catalog: Catalog, home: Path) -> tuple[str, ...]:
     """Delete copies and halves of faiss files that a killed process left; returns their paths in the index folder."""
     with locked(home):  # whoever is entering a copy has it recorded before this begins
-        left = leftover_copies(home, catalog.entries())
+        left = leftover_copies(home, catalog.entries(), copies=catalog.settings.copies)
         for folder in left:
             shutil.rmtree(folder, ignore_errors=True)
     with catalog.writing():  # a faiss file is written in such a transaction

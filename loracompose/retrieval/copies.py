@@ -1,7 +1,8 @@
 """The copies of adapters inside an index folder: made, found to be left over, and deleted. Needs no torch.
 
 A copy is `adapters/<12 digits>/<name>/`: the new version of an adapter lies beside the old one until the catalog has
-changed. A process that dies leaves a copy that no record refers to, never a record without its copy.
+changed. A process that dies leaves a copy that no record refers to, never a record without its copy. Whatever else lies
+in the folder of copies, and all of it where the index makes none, is the user's and never deleted.
 """
 
 from __future__ import annotations
@@ -38,21 +39,22 @@ def copy_files(source: Path, target: Path) -> None:
     sync(target)
 
 
-def is_copy(place: Path, home: Path) -> bool:
-    """Whether this adapter folder is a copy that lies in the index folder."""
-    return place.parent.parent == home / COPIES
+def is_copy(place: Path, home: Path, *, copies: bool) -> bool:
+    """Whether this adapter folder is a copy in the index folder; `copies` says whether the index makes any."""
+    return copies and place.parent.parent == home / COPIES and _holds_copy(place.parent)
 
 
-def discard_copy(place: Path, home: Path) -> None:
-    """Delete the copy of an adapter if the index folder holds it; anything outside is left alone."""
-    if is_copy(place, home):
+def discard_copy(place: Path, home: Path, *, copies: bool) -> None:
+    """Delete the copy of an adapter if the index folder holds it; what the index did not make is left alone."""
+    if is_copy(place, home, copies=copies):
         shutil.rmtree(place.parent, ignore_errors=True)
 
 
-def leftover_copies(home: Path, entries: Iterable[Entry]) -> list[Path]:
-    """Folders of copies that none of these adapters refers to."""
+def leftover_copies(home: Path, entries: Iterable[Entry], *, copies: bool) -> list[Path]:
+    """Folders of copies that none of these adapters refers to; there are none if the index makes none."""
     used = {(home / entry.path).parent for entry in entries}
-    return sorted(path for path in (home / COPIES).glob("*") if path not in used)
+    found = (home / COPIES).glob("*") if copies else ()
+    return sorted(path for path in found if path not in used and _holds_copy(path))
 
 
 def foreign_copies(copies: Path) -> list[Path]:
@@ -62,6 +64,11 @@ def foreign_copies(copies: Path) -> list[Path]:
         digits, *rest = path.relative_to(copies).parts
         copied = path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COPIED)
         fits = copied if len(rest) == 2 else path.is_dir() and len(rest) < 2
-        if not fits or path.is_symlink() or not re.fullmatch("[0-9a-f]{12}", digits):
+        if not fits or path.is_symlink() or not _holds_copy(copies / digits):
             foreign.append(path)
     return foreign
+
+
+def _holds_copy(folder: Path) -> bool:
+    """Whether a folder is named as those that copies are made in."""
+    return re.fullmatch("[0-9a-f]{12}", folder.name) is not None

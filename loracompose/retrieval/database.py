@@ -13,6 +13,7 @@ from typing import Any
 from loracompose.adapters.folder import sync
 
 _BUSY_SECONDS = 30.0
+_IMMUTABLE = "ro&immutable=1"
 
 
 class Database:
@@ -21,22 +22,30 @@ class Database:
     Threads share one connection under a lock that a transaction holds to its end, so no thread ever reads the
     half-made change of another. Writers of other processes are waited for, up to 30 seconds. Once another file
     stands at the path, every use is a ValueError: changes to the old one would be lost.
+
+    A file that nobody can write is opened as one that never changes, for SQLite needs to write beside it otherwise. If
+    somebody else changes it after all, it is opened anew with the next use.
     """
 
     def __init__(self, path: Path, mode: str) -> None:
         self.path = path
         self.writable = mode in ("rw", "rwc")
         self._lock = threading.RLock()
-        before = _identity(path)  # not after opening: a file that is put there in between must be noticed
-        self._open: sqlite3.Connection | None = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={mode}",
+        self._open: sqlite3.Connection | None = None
+        self._connect(mode)
+
+    def _connect(self, mode: str) -> None:
+        before = _identity(self.path)  # not after opening: a file that is put there in between must be noticed
+        self._frozen = _content(self.path) if mode == _IMMUTABLE else None
+        self._open = sqlite3.connect(
+            f"{self.path.absolute().as_uri()}?mode={mode}",
             uri=True,
             timeout=_BUSY_SECONDS,
             isolation_level=None,  # transactions are begun and ended below, nowhere else
             check_same_thread=False,
         )
         self._open.execute("PRAGMA foreign_keys = ON")
-        self._file = before or _identity(path)
+        self._file = before or _identity(self.path)
 
     @classmethod
     def create(cls, path: Path, schema: str) -> Database:
@@ -63,8 +72,7 @@ class Database:
             raise FileNotFoundError(f"{path} is missing")
         if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK):
             return cls(path, "rw")
-        # WAL needs shared memory beside the file. Where none can be made and none is there, nobody writes.
-        return cls(path, "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1")
+        return cls(path, _reading_mode(path))
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
@@ -164,7 +172,36 @@ class Database:
                 f"{self.path} is not the file that was opened: the index was replaced, moved or deleted since; "
                 "open the index again"
             )
+        if self._frozen is not None:
+            self._thaw(self._open, self._frozen)
         return self._open
+
+    def _thaw(self, connection: sqlite3.Connection, frozen: tuple[int, int]) -> None:
+        """Open a file anew that was opened as one that never changes, if somebody has changed or opened it since."""
+        changed = _content(self.path) != frozen
+        if changed and connection.in_transaction:  # whose beginning belongs to a state that is gone
+            raise ValueError(f"{self.path} was changed while it was read; try again")
+        if changed or (_log(self.path).exists() and not connection.in_transaction):
+            self._connect(_reading_mode(self.path))
+            connection.close()
+
+
+def _reading_mode(path: Path) -> str:
+    """How a file is opened that this user cannot write.
+
+    WAL needs shared memory beside the file. Where none can be made and none is there, nobody writes.
+    """
+    return "ro" if _log(path).exists() else _IMMUTABLE
+
+
+def _log(path: Path) -> Path:
+    return Path(f"{path}-wal")
+
+
+def _content(path: Path) -> tuple[int, int]:
+    """What changes with the content of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

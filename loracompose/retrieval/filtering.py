@@ -26,15 +26,34 @@ def allowed_rows(cards: Sequence[Card], where: Where | None) -> NDArray[np.bool_
         LookupError: a key that is neither a field nor in any card's `extra`.
         ValueError: `where` is neither a mapping nor a callable.
     """
+    unknown = unknown_keys(cards, where)
+    if unknown and cards:
+        known = sorted({*_FIELDS, *(key for card in cards for key in card.extra)})
+        raise LookupError(f"where has {unknown}, which no card has; there are {known}")
+    return passing_rows(cards, where)
+
+
+def passing_rows(cards: Sequence[Card], where: Where | None) -> NDArray[np.bool_]:
+    """As `allowed_rows` of cards that are only some of all: a key that none of them has passes none.
+
+    Raises:
+        ValueError: `where` is neither a mapping nor a callable.
+    """
     if where is None:
         return np.ones(len(cards), dtype=np.bool_)
     if isinstance(where, Mapping):
-        _check_keys(cards, where)
         wanted = {key: _values(value) for key, value in where.items()}
         return np.array([_passes(card, wanted) for card in cards], dtype=np.bool_)
     if callable(where):
         return np.array([bool(where(card)) for card in cards], dtype=np.bool_)
     raise ValueError(f"where must be a mapping or a callable on a Card, got {where!r}")
+
+
+def unknown_keys(cards: Sequence[Card], where: Where | None) -> list[str]:
+    """Keys of a mapping that are neither fields nor in the `extra` of any of these cards."""
+    if not isinstance(where, Mapping):
+        return []
+    return [key for key in where if key not in _FIELDS and not any(key in card.extra for card in cards)]
 
 
 def excluded_rows(exclude: Exclude | None, batch: int, rows: Mapping[str, int]) -> list[set[int]]:
@@ -81,13 +100,6 @@ def check_request(prompts: Sequence[str], k: int) -> None:
         raise ValueError(f"every prompt must be a string, got {wrong[0]!r} of type {type(wrong[0]).__name__}")
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be an integer of at least 1, got {k!r}")
-
-
-def _check_keys(cards: Sequence[Card], where: Mapping[str, Any]) -> None:
-    known = {*_FIELDS, *(key for card in cards for key in card.extra)}
-    unknown = [key for key in where if key not in known]
-    if unknown and cards:
-        raise LookupError(f"where has {unknown}, which no card has; there are {sorted(known)}")
 
 
 def _passes(card: Card, wanted: Mapping[str, tuple[Any, ...]]) -> bool:

@@ -227,7 +227,7 @@ class AdapterIndex(StoredIndex):
 
         Raises:
             FileNotFoundError: there is no such adapter.
-            ValueError: its name is taken, `load_adapter` refuses it, or it has no examples.
+            ValueError: its name is taken, `load_adapter` refuses it, it has no examples, or it is in the index folder.
         """
         from loracompose.retrieval.entering import enter
 
@@ -239,7 +239,8 @@ class AdapterIndex(StoredIndex):
         Raises:
             FileNotFoundError: there is no such adapter.
             LookupError: the index has no adapter of that name.
-            ValueError: `load_adapter` refuses it, or it has no examples.
+            ValueError: `load_adapter` refuses it, it has no examples, or it is in the index folder and no copy of the
+                index's own.
         """
         from loracompose.retrieval.entering import enter
 
@@ -341,6 +342,8 @@ class AdapterIndex(StoredIndex):
             return snapshot
         with self._refreshing:
             if self._snapshot is None or self._snapshot.generation != self.catalog.generation:
-                check_encoder(self.catalog.settings, self.embedder)
-                self._snapshot = take_snapshot(self.catalog, self.folder / VECTORS_FILE, self._snapshot)
+                check_encoder(self.catalog.settings, self.embedder)  # before anything is derived for nothing
+                taken = take_snapshot(self.catalog, self.folder / VECTORS_FILE, self._snapshot)
+                check_encoder(taken.settings, self.embedder)  # somebody may have embedded anew in between
+                self._snapshot = taken
             return self._snapshot

@@ -113,4 +113,4 @@ def _refer(catalog: Catalog, home: Path, entry: Entry, place: Path) -> None:
         return
     with locked(home, shared=True):  # until it is referred to, the copy must not be taken for a leftover
         refer(catalog, {entry.id: relative(make_copy(place, home), home)})
-    discard_copy(home / entry.path, home)  # what is left of it
+    discard_copy(home / entry.path, home, copies=True)  # what is left of it

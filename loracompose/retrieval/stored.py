@@ -76,11 +76,13 @@ class StoredIndex:
     def remove(self, name: str) -> Card:
         """Remove one adapter, and its copy if the index made one; a tombstone stays in the catalog.
 
+        An adapter that the index only refers to stays where it is.
+
         Raises:
             LookupError: no adapter has this name.
         """
         old = self.catalog.remove(name)
-        discard_copy(self.folder / old.path, self.folder)
+        discard_copy(self.folder / old.path, self.folder, copies=self.catalog.settings.copies)
         return old.card
 
     def compact(self) -> CompactReport:

@@ -149,6 +149,7 @@ def _fitted(catalog: Catalog) -> Iterator[Problem]:
 
 
 def _leftovers(catalog: Catalog, home: Path) -> Iterator[Problem]:
-    for place in [*leftover_copies(home, catalog.entries()), *leftover_vectors(home)]:
+    copies = leftover_copies(home, catalog.entries(), copies=catalog.settings.copies)
+    for place in [*copies, *leftover_vectors(home)]:
         what = f"{place.relative_to(home)} belongs to no adapter of the index"
         yield Problem(None, what, "compact(), or delete it", "leftover")

@@ -17,7 +17,8 @@ from loracompose import Adapter, load_adapter
 from loracompose.adapters.header import MAX_HEADER_BYTES, read_header
 from loracompose.adapters.inspection import inspect_folder
 from loracompose.adapters.patterns import check_pattern
-from tests.tiny import edited, peft_adapter
+from loracompose.adapters.peft_config import LoraSettings, read_settings
+from tests.tiny import base_model, edited, peft_adapter
 
 FAST = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -298,3 +299,75 @@ def test_a_pattern_that_is_valid_alone_but_not_where_peft_puts_it_is_refused_by_
 )
 def test_an_ordinary_pattern_is_allowed(pattern):
     check_pattern(pattern)
+
+
+def configured(folder: Path, **fields) -> Path:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("depth", [100, 200, 4000])
+def test_a_pattern_nested_too_deeply_is_refused_by_name(folder, field, depth):
+    pattern = "(" * depth + "q_proj" + ")" * depth
+    with pytest.raises(ValueError, match=rf"{field} must be .*it is nested too deeply"):
+        load_adapter(configured(folder, **{field: {pattern: 2} if field.endswith("pattern") else pattern}))
+    assert not inspect_folder(folder).ok
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(?i)layers", "(?P<idx>x)", "layers)(", "(layers", "(a+)+b", "(" * 200 + ")" * 200]
+)
+def test_a_pattern_of_layers_that_peft_cannot_run_is_refused_by_name(folder, pattern):
+    configured(folder, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 1], layers_pattern=pattern)
+    with pytest.raises(ValueError, match="layers_pattern must be a safe and valid regular expression"):
+        load_adapter(folder)
+    assert not inspect_folder(folder).ok
+
+
+@pytest.mark.parametrize("pattern", ["layers", ["blocks", "layers"], r"(h|lay.*s)", ""])
+def test_a_pattern_of_layers_is_run_as_peft_runs_it(folder, pattern):
+    configured(folder, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 1], layers_pattern=pattern)
+    assert load_adapter(folder).factors
+
+
+SLOW = ".*a" * 4 + ".*b"
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_long_names_would_keep_busy_for_hours_is_refused_before_it_is_run(
+    folder, plain, monkeypatch, field
+):
+    for way in ("targets", "rank", "scaling"):  # instead of hanging where it is run after all
+        monkeypatch.setattr(LoraSettings, way, lambda *_: pytest.fail("the pattern was run"))
+    header, data = split(plain)
+    long = {key.replace("q_proj", "a" * 900): entry for key, entry in header.items()}
+    configured(assemble(folder, long, data), **{field: {SLOW: 2} if field.endswith("pattern") else SLOW})
+    with pytest.raises(ValueError, match=rf"upload: {field} may take hours .*list the modules instead"):
+        load_adapter(folder)
+    assert not inspect_folder(folder).ok
+
+
+def test_patterns_are_held_against_the_modules_of_the_base_before_they_are_run(folder, monkeypatch):
+    pattern = "(.*" * 5 + ".*" + ")?" * 5 + ".?" * 4
+    configured(folder, target_modules=pattern)
+    model = base_model()
+    load_adapter(folder)  # its own few short names are matched at once
+    for number in range(400):
+        model.add_module(f"{'many' * 12}{number}", torch.nn.Identity())
+    targets = LoraSettings.targets
+    own = {module for module, _ in model.named_modules() if module.endswith(("q_proj", "v_proj"))}
+    monkeypatch.setattr(
+        LoraSettings, "targets", lambda self, name: targets(self, name) if name in own else pytest.fail("it was run")
+    )
+    with pytest.raises(ValueError, match=r"target_modules may take hours"):
+        load_adapter(folder, base=model)
+
+
+def test_ordinary_patterns_may_be_held_against_very_many_modules():
+    experts = [f"model.layers.{i}.mlp.experts.{j}.gate_proj" for i in range(58) for j in range(768)]
+    words = ("vision|image|visual|patch|language|text", "self_attn|attention|attn|mlp|feed_forward|ffn|dense")
+    pattern = rf"(?:.*?(?:{words[0]}).*?(?:{words[1]}).*?(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|gate_proj).*?)|x"
+    config = {"peft_type": "LORA", "target_modules": pattern, "rank_pattern": {"q_proj": 2, r"layers\.1\d\..*": 4}}
+    read_settings(config, "x").check_work("x", experts)

@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from loracompose import AdapterIndex
+from loracompose.retrieval.admission import admitted
+from loracompose.retrieval.entering import embedded
+
 TASKS = {
     "french": ["translate the dog into french", "say good morning in french", "the french for a red house"],
     "sql": ["write a query that counts rows", "select the name of every user", "join both tables in one query"],
@@ -72,3 +76,14 @@ def assert_alike(found, expected):
     assert found[0] == expected[0]
     for numbers, others in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_allclose(numbers, others, atol=1e-5)
+
+
+def place_inside(pool, home, embedder, *folders):
+    """A prepared index that also refers to adapters in its own folder of copies, which it once took."""
+    with AdapterIndex.build(pool, home, embedder=embedder) as index:
+        for number, folder in enumerate(folders):
+            made = make_adapter(home / "adapters" / folder, [f"write poem {number}"], seed=9 + number)
+            with admitted(made, home, copies=False) as new:
+                index.catalog.add(new.card, new.path, embedded(new.card, embedder, index.catalog.settings))
+        index.search(["x"])
+    return home

@@ -12,7 +12,7 @@ from loracompose.retrieval.catalog import Catalog
 from loracompose.retrieval.database import Database
 from loracompose.retrieval.upkeep import content_digest
 from tests.retrieval.disk import watched_disk
-from tests.retrieval.material import TASKS, contents, hidden, make_adapter
+from tests.retrieval.material import TASKS, contents, hidden, make_adapter, place_inside
 
 
 @pytest.fixture(params=[False, True], ids=["refers", "copies"])
@@ -258,3 +258,14 @@ def test_a_snapshot_is_on_the_disk_before_it_has_its_name(copying, tmp_path, mon
         before, after = steps[: steps.index("rename")], steps[steps.index("rename") :]
         assert {path.stat().st_ino for path in written} <= set(before)
         assert tmp_path.stat().st_ino in after
+
+
+def test_a_snapshot_refers_to_what_the_index_refers_to_in_its_own_folder(pool, tmp_path, embedder):
+    home = place_inside(pool, tmp_path / "index", embedder, "0123456789ab/poem")
+    with AdapterIndex.open(home, embedder=embedder) as index:
+        assert index.snapshot(tmp_path / "saved").missing == ()
+        place = index.path("poem")
+    assert not (tmp_path / "saved" / "adapters").exists()
+    with AdapterIndex.open(tmp_path / "saved", embedder=embedder) as saved:
+        assert saved.path("poem") == place
+        assert saved.verify().ok

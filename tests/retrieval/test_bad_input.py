@@ -34,9 +34,13 @@ def write(folder, text):
 
 CARDS = {
     "no card": (lambda folder: (folder / "card.json").unlink(), r"no card\.json beside the adapter; .* Write one"),
-    "not JSON": (lambda folder: write(folder, "{examples: ["), r"poem: card\.json is not JSON"),
-    "not text": (lambda folder: (folder / "card.json").write_bytes(b"\xff\xfe\x00"), "is not JSON in UTF-8"),
-    "no object": (lambda folder: write(folder, '["a"]'), "must hold an object, got list"),
+    "not JSON": (lambda folder: write(folder, "{examples: ["), r"poem: .*card\.json is not valid JSON"),
+    "not text": (
+        lambda folder: (folder / "card.json").write_bytes(b"\xff\xfe\x00"),
+        "poem: .*is not valid JSON: 'utf-8'",
+    ),
+    "no object": (lambda folder: write(folder, '["a"]'), "poem: .*must hold a JSON object, got list"),
+    "a number that is none": (lambda folder: write(folder, '{"examples": ["a"], "x": NaN}'), "poem: .*NaN is not JSON"),
     "no examples": (lambda folder: write(folder, "{}"), "has no examples .* Give about 20 prompts"),
     "an empty list": (lambda folder: write(folder, '{"examples": []}'), "has no examples"),
     "an empty example": (lambda folder: write(folder, '{"examples": ["a", ""]}'), r"blank examples at positions \[1\]"),

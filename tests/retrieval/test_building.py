@@ -190,3 +190,31 @@ def test_examples_and_prompts_are_embedded_whole_under_the_instruction_and_at_th
     views = [*plain, *(INSTRUCTION + text for text in plain), *map(opening, plain), *map(closing, plain)]
     assert set(texts) == set(views)
     assert INSTRUCTION == "Represent the sentence for similar task retrieval: "
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": "(" * 200 + "q_proj" + ")" * 200},
+        {"layers_to_transform": [0], "layers_pattern": "(?i)layers"},
+        {"layers_to_transform": [0], "layers_pattern": "(?P<idx>x)"},
+    ],
+    ids=["nested", "flags", "names"],
+)
+def test_a_pattern_that_cannot_be_run_leaves_out_its_adapter_alone(pool, tmp_path, embedder, config):
+    make_adapter(pool / "odd", ["write a poem"], **config)
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder) as index:
+        assert set(index.report.skipped) == {"odd"}
+        assert list(config)[-1] in index.report.skipped["odd"]
+        assert len(index) == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"examples": ["a"], "examples": ["b"]}', '{"examples": ["a"], "x": ' + "[" * 3000 + "]" * 3000 + "}"],
+    ids=["twice", "nested"],
+)
+def test_a_card_that_is_no_sound_json_leaves_out_its_adapter_alone(pool, tmp_path, embedder, text):
+    (make_adapter(pool / "odd", ["x"]) / "card.json").write_text(text)
+    with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder) as index:
+        assert set(index.report.skipped) == {"odd"}

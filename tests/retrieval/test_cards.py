@@ -13,6 +13,14 @@ def write(folder, content):
     return folder
 
 
+def nested(levels):
+    """Lists and objects in turn, so many of them around a number."""
+    value = 1
+    for level in range(levels):
+        value = [value] if level % 2 else {"in": value}
+    return value
+
+
 def test_a_card_takes_its_name_from_the_folder_and_keeps_unknown_keys(tmp_path):
     folder = write(
         tmp_path / "sql",
@@ -40,8 +48,13 @@ def test_kinds_are_read_one_after_the_other_and_a_single_one_is_a_list(tmp_path)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not JSON"),
-        ([], "must hold an object, got list"),
+        ("{", r"card\.json is not valid JSON"),
+        ([], r"card\.json must hold a JSON object, got list"),
+        ('{"examples": ["a"], "examples": ["b"]}', "the key 'examples' occurs twice"),
+        ('{"examples": {"x": ["a"], "x": ["b"]}}', "the key 'x' occurs twice"),
+        ('{"examples": ["a"], "score": NaN}', "NaN is not JSON"),
+        ('{"examples": ["a"], "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ({"examples": ["a"], "x": nested(101)}, r"'x' in card.json is nested more than 100 levels deep; flatten it"),
         ({}, "no examples"),
         ({"examples": []}, "no examples"),
         ({"example": ["a"]}, r"its keys are \['example'\]"),
@@ -73,7 +86,7 @@ def test_a_wrong_card_is_refused_by_name(tmp_path, content, message):
 def test_a_card_that_is_not_utf8_is_refused(tmp_path):
     folder = write(tmp_path / "sql", "{}")
     (folder / "card.json").write_bytes(b'{"examples": ["\xff"]}')
-    with pytest.raises(ValueError, match="UTF-8"):
+    with pytest.raises(ValueError, match=r"sql: .*card\.json is not valid JSON: 'utf-8'"):
         read_card(folder)
 
 
@@ -81,3 +94,15 @@ def test_a_missing_card_is_refused_with_the_format_to_write(tmp_path):
     (tmp_path / "sql").mkdir()
     with pytest.raises(ValueError, match=r'sql: no card.json .*"examples": \[prompt, ...\]'):
         read_card(tmp_path / "sql")
+
+
+def test_what_a_card_holds_besides_may_be_nested_within_reason(tmp_path):
+    assert read_card(write(tmp_path / "sql", {"examples": ["a"], "x": nested(100)})).extra == {"x": nested(100)}
+
+
+def test_a_card_larger_than_the_limit_is_refused_before_it_is_read(tmp_path):
+    folder = write(tmp_path / "sql", {"examples": ["a"]})
+    with (folder / "card.json").open("r+b") as file:  # a sparse file: the bytes are never written
+        file.truncate(2**30)
+    with pytest.raises(ValueError, match=r"^sql: .*card\.json has 1073741824 bytes, at most 16000000 are read"):
+        read_card(folder)

@@ -5,6 +5,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,3 +294,64 @@ def test_a_catalog_that_cannot_be_written_is_read(catalog, monkeypatch):
     with pytest.raises(PermissionError, match="cannot be written; copy"):
         frozen.remove("x")
     frozen.close()
+
+
+@pytest.fixture
+def frozen(catalog, monkeypatch):
+    """The catalog, with one adapter and closed, as one opens it who cannot write it; others can."""
+    catalog.add(card("x"), "x", unit())
+    catalog.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: False)
+        opened = Catalog.open(catalog.path)
+    assert opened.names() == ["x"]
+    yield opened
+    opened.close()
+
+
+def test_who_cannot_write_a_catalog_sees_what_others_write_and_has_closed(frozen):
+    with closing(Catalog.open(frozen.path)) as other:
+        other.add(card("y"), "y", unit(seed=1))
+    assert not Path(f"{frozen.path}-wal").exists()
+    assert frozen.names() == ["x", "y"]
+    assert not frozen.writable
+    with pytest.raises(PermissionError, match="cannot be written"):
+        frozen.remove("x")
+
+
+def test_who_cannot_write_a_catalog_sees_what_others_are_writing(frozen):
+    with closing(Catalog.open(frozen.path)) as other:
+        other.add(card("y"), "y", unit(seed=1))
+        assert frozen.names() == ["x", "y"]
+        other.add(card("z"), "z", unit(seed=2))
+        assert frozen.names() == ["x", "y", "z"]
+
+
+def test_who_cannot_write_a_catalog_reads_on_after_it_was_compacted(frozen):
+    with closing(Catalog.open(frozen.path)) as other:
+        for number in range(60):
+            other.add(card(f"n{number}"), "n", unit(seed=number))
+    assert len(frozen.entries()) == 61
+    with closing(Catalog.open(frozen.path)) as other:
+        for number in range(59):
+            other.remove(f"n{number}")
+        other.database.compact()
+    assert [entry.card.name for entry in frozen.entries()] == ["x", "n59"]
+    assert frozen.damage() == []
+
+
+def test_one_state_is_read_or_an_error_says_that_the_catalog_changed_meanwhile(frozen):
+    def read_twice():
+        with frozen.reading():
+            assert frozen.names() == ["x"]
+            with closing(Catalog.open(frozen.path)) as other:
+                other.add(card("y"), "y", unit(seed=1))
+            frozen.names()
+
+    with pytest.raises(ValueError, match=r"changed while it was read.*try again"):
+        read_twice()
+    with frozen.reading():
+        assert frozen.names() == ["x", "y"]
+        with closing(Catalog.open(frozen.path)) as other:
+            other.add(card("z"), "z", unit(seed=1))
+            assert frozen.names() == ["x", "y"]  # what is in the log alone has not touched the file

@@ -10,7 +10,7 @@ from loracompose.retrieval.embedding import CallableEmbedder
 from loracompose.retrieval.locking import locked
 from loracompose.retrieval.snapshot import FITTED_KEY, VECTORS_KEY
 from loracompose.retrieval.upkeep import content_digest
-from tests.retrieval.material import bag_of_words, contents, make_adapter
+from tests.retrieval.material import bag_of_words, contents, make_adapter, place_inside
 
 
 def test_compacting_gives_back_the_space_of_what_was_removed_and_changes_no_record(index, tmp_path):
@@ -85,3 +85,59 @@ def test_an_index_that_cannot_be_written_is_not_compacted(index, tmp_path, embed
         pytest.raises(PermissionError, match="cannot be written"),
     ):
         frozen.compact()
+
+
+@pytest.mark.parametrize("clear", ["compact", "repair"])
+def test_an_adapter_in_the_folder_of_copies_that_the_index_did_not_copy_is_never_cleared_away(
+    pool, tmp_path, embedder, clear
+):
+    home = place_inside(pool, tmp_path / "index", embedder, "poem", "0123456789ab/song")
+    beside = make_adapter(home / "adapters" / "abcdef012345" / "draft", ["a b"])
+    with AdapterIndex.open(home, embedder=embedder) as index:
+        assert index.verify().ok
+        getattr(index, clear)()
+        assert index.verify().ok
+        assert (index.path("poem") / "card.json").is_file()
+    assert (beside / "card.json").is_file()
+
+
+def test_a_copying_index_takes_only_folders_named_as_its_copies_for_leftovers(pool, tmp_path, embedder):
+    home = tmp_path / "index"
+    with AdapterIndex.build(pool, home, embedder=embedder, copy=True) as index:
+        mine = make_adapter(home / "adapters" / "mine" / "poem", ["a b"])
+        left = make_adapter(home / "adapters" / "0123456789ab" / "gone", ["a b"])
+        assert index.compact().deleted == ("adapters/0123456789ab",)
+    assert (mine / "card.json").is_file()
+    assert not left.exists()
+
+
+def test_removing_an_adapter_deletes_nothing_that_the_index_did_not_copy(pool, tmp_path, embedder):
+    home = place_inside(pool, tmp_path / "index", embedder, "mine/poem", "mine/song", "0123456789ab/tale")
+    with AdapterIndex.open(home, embedder=embedder) as index:
+        index.remove("poem")
+        index.remove("tale")
+        assert (index.path("song") / "card.json").is_file()
+    for folder in ("mine/poem", "0123456789ab/tale"):
+        assert (home / "adapters" / folder / "card.json").is_file()
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("update", [False, True])
+def test_an_adapter_inside_the_index_folder_is_refused_unless_it_is_a_copy_that_is_recorded(
+    pool, tmp_path, embedder, copy, update
+):
+    home = tmp_path / "index"
+    with AdapterIndex.build(pool, home, embedder=embedder, copy=copy) as index:
+        inside = make_adapter(home / "adapters" / "0123456789ab" / "sql", ["a b"], seed=9)
+        (tmp_path / "link").mkdir()
+        (tmp_path / "link" / "sql").symlink_to(inside)
+        enter = index.update if update else index.add
+        for folder in (inside, tmp_path / "link" / "sql"):
+            with pytest.raises(ValueError, match=r"sql: .* in the index folder .*move it out of there"):
+                enter(folder)
+        assert (inside / "card.json").is_file()
+        if copy:
+            recorded = index.path("sql")
+            assert index.update(recorded) == index.card("sql")
+            assert index.path("sql") == recorded
+            assert (recorded / "card.json").is_file()

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+from contextlib import closing
+
+import pytest
 
 from loracompose import AdapterIndex
 from loracompose.benchmarks import victim
 from loracompose.benchmarks.material import word_encoder, write_adapter
+from loracompose.retrieval import snapshot
+from loracompose.retrieval.building import reembed
+from loracompose.retrieval.catalog import Catalog
+from loracompose.retrieval.embedding import CallableEmbedder
+from tests.retrieval.material import PROMPTS, bag_of_words
 
 ROUNDS = 6
 PATIENCE = 300.0  # seconds
@@ -93,3 +101,21 @@ def test_processes_that_read_while_another_writes_see_states_that_were(tmp_path)
     with AdapterIndex.open(home, embedder=word_encoder()) as index:
         assert tuple(card.name for card in index.cards) == BASE
         assert index.verify().ok
+
+
+def test_prompts_of_one_encoder_are_never_compared_with_examples_of_another(index, monkeypatch):
+    """Somebody embeds everything anew after the encoder was checked and before the examples are read."""
+    other = CallableEmbedder(lambda texts: bag_of_words(texts)[:, ::-1], "turned", "1")
+    taken = snapshot.take_snapshot
+
+    def late(*given):
+        with closing(Catalog.open(index.catalog.path)) as catalog:
+            reembed(catalog, other)
+        return taken(*given)
+
+    index.remove("mood")  # so that the next search takes another snapshot
+    monkeypatch.setattr(snapshot, "take_snapshot", late)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"embedded with 'turned' .* this embedder is 'bag-of-words'"):
+            index.search(PROMPTS)
+        monkeypatch.undo()

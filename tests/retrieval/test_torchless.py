@@ -27,9 +27,9 @@ def stored(tmp_path):
     (tmp_path / "index").mkdir()
     settings = Settings("nobody/has-this", "1", dimension=4, instruction="i: ", loadable=True, copies=True)
     catalog = Catalog.create(tmp_path / "index" / "catalog.sqlite", settings)
-    for name in "xyz":
-        catalog.add(card(name), f"adapters/{name * 12}/{name}", unit())
-        (tmp_path / "index" / "adapters" / (name * 12) / name).mkdir(parents=True)
+    for name, digit in zip("xyz", "123", strict=True):
+        catalog.add(card(name), f"adapters/{digit * 12}/{name}", unit())
+        (tmp_path / "index" / "adapters" / (digit * 12) / name).mkdir(parents=True)
     catalog.close()
     return tmp_path / "index"
 
@@ -44,8 +44,7 @@ def test_an_index_is_listed_changed_compacted_and_saved_without_torch_and_encode
         "    print(*[card.name for card in index.cards], index.path('z').name, index)\n"
     )
     assert run(code, str(stored), str(tmp_path / "saved"))[:3] == ["x", "z", "z"]
-    assert [path.name for path in (stored / "adapters").iterdir()] != []
-    assert not (stored / "adapters" / ("y" * 12)).exists()
+    assert sorted(path.name for path in (stored / "adapters").iterdir()) == ["1" * 12, "3" * 12]
     with AdapterIndex.open(tmp_path / "saved") as saved:
         assert [entry.card.name for entry in saved.catalog.entries()] == ["x", "z"]
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
-from loracompose.retrieval.cards import Card
 from loracompose.retrieval.catalog import Catalog
-from loracompose.retrieval.filtering import Where, allowed_rows
+from loracompose.retrieval.filtering import Where, passing_rows, unknown_keys
 from loracompose.retrieval.scale.view import View
 
 _CARDS = 512
@@ -33,10 +30,8 @@ class Allowed:
             return np.ones(len(ids), dtype=np.bool_)
         if self._all is not None:
             return np.isin(ids, self._all)
-        entries = self._catalog.entries(ids.tolist())
-        passing = self._passing([entry.card for entry in entries])
-        known = [] if passing is None else [entry.id for entry, good in zip(entries, passing, strict=True) if good]
-        return np.isin(ids, known)
+        found, _ = self._passing(ids)
+        return np.isin(ids, found)
 
     def all(self) -> NDArray[np.int64] | None:
         """Row ids of all that pass, ascending; None where there is no filter.
@@ -53,20 +48,19 @@ class Allowed:
 
     def _scanned(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         found: list[int] = []
-        known = not len(ids)
+        unknown: set[str] | None = None
         for start in range(0, len(ids), _CARDS):
-            entries = self._catalog.entries(ids[start : start + _CARDS].tolist())
-            passing = self._passing([entry.card for entry in entries])
-            known = known or passing is not None
-            if passing is not None:
-                found += [entry.id for entry, good in zip(entries, passing, strict=True) if good]
-        if not known:
-            raise LookupError(f"where has a key that no card has: {self._where!r}")
+            passing, lacking = self._passing(ids[start : start + _CARDS])
+            found += passing
+            unknown = lacking if unknown is None else unknown & lacking
+        if unknown:
+            raise LookupError(f"where has {sorted(unknown)}, which no card has; got {self._where!r}")
         return np.array(found, dtype=np.int64)
 
-    def _passing(self, cards: Sequence[Card]) -> NDArray[np.bool_] | None:
-        """Which cards pass; None where none of them has the key."""
-        try:
-            return allowed_rows(cards, self._where)
-        except LookupError:
-            return None
+    def _passing(self, ids: NDArray[np.int64]) -> tuple[list[int], set[str]]:
+        """Which of these row ids pass, and the keys that none of their cards has."""
+        entries = self._catalog.entries(ids.tolist())
+        cards = [entry.card for entry in entries]
+        passing = passing_rows(cards, self._where)
+        found = [entry.id for entry, good in zip(entries, passing, strict=True) if good]
+        return found, set(unknown_keys(cards, self._where))

@@ -71,13 +71,14 @@ def gather(
         centres, state = _begun(previous, departed, sample, width)
         counted = spread(present, _COUNTED)
         files = {kind: FileWriter(file_of(home, token, kind)) for kind in (MEANS, EDGES, WORDS, COUNTS)}
-        sizes, lengths, known, shapes, examples = [], [], [], [], 0
+        ids, sizes, lengths, known, shapes, examples = [], [], [], [], [], 0
         for block, change in _blocks(database, previous, present, centres, width):
             if cancelled():
                 raise CancelledError("no longer wanted")
             if change is not None:
                 state = tuple(old.plus(new) for old, new in zip(state, change, strict=True))
             _write(files, block)
+            ids.append(block.ids)  # not `present`: an adapter whose examples are lost has no row
             sizes.append(block.sizes)
             lengths.append(block.wordings.lengths)
             shapes.append(block.means[SHAPE])
@@ -88,7 +89,7 @@ def gather(
         position=position,
         epoch=settings.epoch,
         moments=state,
-        ids=present,
+        ids=np.concatenate([*ids, np.zeros(0, dtype=np.int64)]),
         sizes=np.concatenate([*sizes, np.zeros(0, dtype=np.int64)]),
         starts=np.concatenate([[0], np.cumsum(np.concatenate([*lengths, np.zeros(0, dtype=np.int64)]))]),
         centres=centres,

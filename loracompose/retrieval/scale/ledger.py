@@ -149,13 +149,15 @@ def departures(database: Database, after: int, width: int) -> list[Profile]:
 
 
 def profiles(database: Database, after: int, width: int) -> Iterator[list[Profile]]:
-    """All adapters with a higher row id, with their prompts, by blocks."""
+    """All adapters with a higher row id that have examples, by blocks that are never empty."""
     while True:
         query = "SELECT id FROM adapters WHERE id > ? ORDER BY id LIMIT ?"
         ids = [row[0] for row in database.rows(query, after, _BLOCK)]
         if not ids:
             return
-        yield _select(database, ids, width)
+        found = _select(database, ids, width)
+        if found:
+            yield found
         after = ids[-1]
 
 

@@ -15,6 +15,7 @@ from loracompose.retrieval.embedding import Embedder, check_encoder, features
 from loracompose.retrieval.filtering import Exclude, Where, excluded_rows
 from loracompose.retrieval.placement import VECTORS_FILE
 from loracompose.retrieval.scoring import Scoring, check_scoring
+from loracompose.retrieval.upkeep import forget_derived
 
 if TYPE_CHECKING:
     from loracompose.retrieval.explanation import Explanation
@@ -119,13 +120,26 @@ class SizedPool:
 
         given = features(embedder, prompts, view.settings)
         while view is not None:
-            way = check_scoring(view.settings.scoring) if scoring is None else scoring
-            request = Request(k, way, where, excluded_rows(exclude, len(prompts), _Ids(self._catalog)))
-            try:
-                return search_view(view, self._shelf(), prompts, given, request)
-            except MovedError:
-                view = self.view(embedder)
+            excluded = self._excluded(view, exclude, len(prompts))
+            if excluded is not None:
+                way = check_scoring(view.settings.scoring) if scoring is None else scoring
+                try:
+                    return search_view(view, self._shelf(), prompts, given, Request(k, way, where, excluded))
+                except MovedError:
+                    self._doubt(view)
+            view = self.view(embedder)
         return None
+
+    def _doubt(self, view: View) -> None:
+        """Let the version be made anew if it has an adapter that is gone unrecorded: its examples were lost before."""
+        if self._catalog.generation == view.generation:
+            forget_derived(self._catalog)
+
+    def _excluded(self, view: View, exclude: Exclude | None, batch: int) -> list[set[int]] | None:
+        """As `excluded_rows`, of this view; None if names may stand for other row ids by now, as after an update."""
+        with self._catalog.reading():
+            rows = excluded_rows(exclude, batch, _Ids(self._catalog))
+            return rows if exclude is None or self._catalog.generation == view.generation else None
 
     def explain(self, embedder: Embedder, prompt: str, k: int) -> Explanation | None:
         """As `AdapterIndex.explain`, None where the pool is small."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from loracompose.retrieval import fitting, snapshot
 from loracompose.retrieval.building import reembed
 from loracompose.retrieval.catalog import Catalog
 from loracompose.retrieval.database import Database
-from loracompose.retrieval.embedding import CallableEmbedder
-from loracompose.retrieval.scale import making
+from loracompose.retrieval.embedding import CallableEmbedder, features
+from loracompose.retrieval.scale import allowed, ledger, making
 from loracompose.retrieval.scale.making import make_version
 from loracompose.retrieval.scale.pool import LargePool
+from loracompose.retrieval.scale.shelf import CardShelf
 from loracompose.retrieval.scale.version import load_version
 from tests.retrieval.scale.material import EMBEDDER, PROMPTS, card, enter, make_index, texts
 
@@ -194,3 +196,106 @@ def test_a_pool_that_shrinks_to_half_of_what_is_large_keeps_no_departures_and_ma
         np.testing.assert_allclose(found.scores, expected.scores, atol=1e-3)
         index.remove(card(1).name)
         assert departures() == 4
+
+
+def test_an_error_of_a_filter_of_the_users_own_is_the_users_to_see(tmp_path, monkeypatch):
+    monkeypatch.setattr(allowed, "_CARDS", 4)
+    asked = {"k": 20, "where": lambda found: found.extra["colour"] == "red"}
+    with large(tmp_path, range(20)) as one, make_index(tmp_path / "small", range(20), exact_limit=1000) as other:
+        for index in (one, other):
+            enter(index.catalog, 20, extra={"colour": "red"})
+            for scoring in ("hybrid", "mean"):
+                with pytest.raises(KeyError, match="colour"):
+                    index.search(PROMPTS, scoring=scoring, **asked)
+
+
+@pytest.mark.parametrize("scoring", ["hybrid", "mean"])
+def test_keys_of_a_filter_may_each_be_known_to_other_cards_of_a_large_pool(tmp_path, monkeypatch, scoring):
+    monkeypatch.setattr(allowed, "_CARDS", 4)
+    with large(tmp_path, range(12)) as one, make_index(tmp_path / "small", range(12), exact_limit=1000) as other:
+        for index in (one, other):
+            enter(index.catalog, 12, extra={"colour": "red"})
+            for seed in range(13, 23):
+                enter(index.catalog, seed)
+            enter(index.catalog, 23, extra={"size": "big"})
+        for where, names in (
+            ({"colour": "red", "size": "big"}, ()),
+            ({"colour": "red"}, ("a00012",)),
+            ({"size": ["big", "small"]}, ("a00023",)),
+        ):
+            for index in (one, other):
+                assert index.search(PROMPTS, 5, where=where, scoring=scoring).names == names
+        for index in (one, other):
+            with pytest.raises(LookupError, match=r"where has \['weight'\], which no card has"):
+                index.search(PROMPTS, 5, where={"colour": "red", "weight": 3}, scoring=scoring)
+
+
+@pytest.mark.parametrize("scoring", ["hybrid", "mean"])
+def test_an_adapter_that_is_excluded_is_not_found_if_it_is_updated_while_the_prompts_are_embedded(tmp_path, scoring):
+    with large(tmp_path) as index:
+        name, prompt = card(3).name, card(3).examples[0]
+        assert index.search([prompt], 1, scoring=scoring).names == (name,)
+
+        def updating(texts):
+            index.catalog.replace(
+                replace(card(3), fingerprint=f"after {index.catalog.generation}"),
+                f"pool/{name}",
+                features(EMBEDDER, card(3).examples, index.catalog.settings),
+            )
+            return EMBEDDER(texts)
+
+        index._embedder = CallableEmbedder(updating, EMBEDDER.name, EMBEDDER.revision)
+        found = index.search([prompt], 29, exclude=[[name]], scoring=scoring)
+        assert len(found.names) == 29
+        assert name not in found.names
+
+
+def test_an_adapter_whose_examples_are_lost_leaves_the_others_their_names(tmp_path):
+    with large(tmp_path) as index:
+        index.catalog.database.execute(
+            "DELETE FROM examples WHERE adapter = (SELECT id FROM adapters WHERE name = ?)", card(3).name
+        )
+        for scoring in ("hybrid", "discriminant", "mean"):
+            for seed in (2, 4, 20, 29):
+                assert index.search([card(seed).examples[0]], 1, scoring=scoring).names == (card(seed).name,)
+        assert len(index.search(PROMPTS, 30).names) == 29
+        version = index._large.view().version
+        assert len(version.ids) == len(version.sizes) == 29
+        for seed in (40, 41):  # and where the next version takes over what stays of this one
+            enter(index.catalog, seed)
+        make_version(index.catalog.database, index.folder, version)
+        for seed in (2, 20, 41):
+            assert index.search([card(seed).examples[0]], 1).names == (card(seed).name,)
+        lost = [problem for problem in index.verify().problems if problem.kind == "embeddings"]
+        assert [(problem.adapter, problem.what) for problem in lost] == [("a00003", "0 embeddings for 0 examples")]
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_an_adapter_that_goes_after_its_examples_were_lost_is_not_waited_for(tmp_path, monkeypatch, update):
+    with large(tmp_path) as index:
+        name, prompt = card(3).name, card(3).examples[0]
+        index._large.view()  # a version that has it
+        index.catalog.database.execute("DELETE FROM examples WHERE adapter = 4")
+        if update:
+            index.catalog.replace(card(3), f"pool/{name}", features(EMBEDDER, card(3).examples, index.catalog.settings))
+        else:
+            index.remove(name)
+        taken, take = [], CardShelf.take
+
+        def counting(self, ids):
+            taken.append(ids)
+            assert len(taken) < 5, "it searches for ever"
+            return take(self, ids)
+
+        monkeypatch.setattr(CardShelf, "take", counting)
+        found = index.search([prompt], 30).names
+        assert len(found) == len(set(found)) == len(index) == 29 + update
+        assert (index.search([prompt], 1).names == (name,)) == update
+
+
+def test_adapters_without_examples_may_fill_a_whole_block_of_a_large_pool(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_BLOCK", 4)
+    with large(tmp_path) as index:
+        index.catalog.database.execute("DELETE FROM examples WHERE adapter BETWEEN 5 AND 8")
+        assert index.search([card(20).examples[0]], 1).names == (card(20).name,)
+        assert len(index._large.view()) == 26

@@ -109,8 +109,9 @@ def interval(draws: np.ndarray) -> list[float]:
 def compare(results: list[dict[str, Any]], method: str, other: str = "lora") -> dict[str, Any]:
     """The differences `method` - `other` over the pairs that both have, with 95 % bootstrap intervals.
 
-    Trainings of one task are alike, so tasks are drawn first, then seeds within each; for exact match, then prompts
-    within a pair. Means are over tasks. With three tasks the intervals are rough, and say little of a fourth.
+    Trainings of one task are alike, so tasks are drawn first, then seeds within each and, for exact match, prompts,
+    which all seeds of a task share. Means are over tasks. With three tasks the intervals are rough, and say little of
+    a fourth.
     """
     found = {(row["task"], row["seed"], row["method"]): row for row in results}
     pairs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
@@ -156,8 +157,8 @@ def nested(values: list[np.ndarray], random: np.random.Generator) -> np.ndarray:
         for place in random.integers(0, len(values), len(values)):
             own = values[place]
             seeds = random.integers(0, len(own), len(own))
-            inner = random.integers(0, own.shape[1], own.shape)  # of one value, always itself
-            chosen.append(np.take_along_axis(own[seeds], inner, axis=1).mean())
+            prompts = random.integers(0, own.shape[1], own.shape[1])  # of one value, always itself
+            chosen.append(own[np.ix_(seeds, prompts)].mean())
         means[draw] = np.mean(chosen)
     return means
 

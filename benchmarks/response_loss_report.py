@@ -145,7 +145,7 @@ def beam_told(result: Mapping[str, Any]) -> str:
         f"({len({run['task'] for run in runs})} tasks, {len({run['seed'] for run in runs})} seeds, rank {recipe['rank']}, {recipe['steps']} steps of "
         f"{recipe['batch_size']} rows, [beam.json](../benchmarks/results/beam.json)): dev loss {gap['dev_loss']:+.4f} "
         f"[{low:+.4f}, {high:+.4f}] nats (95 %, tasks drawn, then seeds), lower in {gap['dev_loss_lower_in']}; exact match {gap['exact_match']:+.1f} "
-        f"[{gap['exact_match_95'][0]:+.1f}, {gap['exact_match_95'][1]:+.1f}] points, higher in {gap['exact_match_higher_in']}. Of other tasks three say little. The schedule is "
+        f"[{gap['exact_match_95'][0]:+.1f}, {gap['exact_match_95'][1]:+.1f}] points, higher in {gap['exact_match_higher_in']}. Three tasks say little about others. The schedule is "
         f"scaled to the run: {len(runs[0]['events'])} events a run, in each of which {min(pruned)} to {max(pruned)} ranks were pruned and as many expanded."
     )
 

@@ -34,7 +34,7 @@ where the others share their A at step 0; whether that helps methods that add or
 rows differ, and the signs disagree with [lego_units.md](lego_units.md). The harmful adapter claims every task in its
 card; its values are random and ten times as large as another's, or it was trained on responses of other rows. The curves
 of `lego` were measured with output reweighting (a factor √(r/k)), which it has since only where every cluster counts
-once: with few ranks kept they are higher, and with many lower, than they would be now.
+once: with few ranks kept its updates were larger, and with many smaller, than they would be now.
 
 ![scores along each axis](sensitivity.svg)
 

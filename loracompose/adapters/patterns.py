@@ -12,8 +12,10 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 MAX_LENGTH = 10_000
-MAX_WAYS = 2e10
-"""Ways to match that are tried, over all names together: about 5 ns each, so minutes at the very worst."""
+MAX_WAYS = 2e11
+"""Ways to match that are tried, over all names together: about 5 ns each, so a quarter of an hour at the very worst.
+
+They are counted as if every part of a pattern could stand anywhere in a name, far more than ordinary patterns take."""
 
 _MANY = 10
 _DEEPEST = 50  # groups inside each other: far from where Python's parser gives up, also on a deeper stack than this one

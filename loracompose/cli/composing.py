@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def compose(
-    adapters: Annotated[list[str], typer.Argument(help="Adapter folders, or names in the index.")],
+    adapters: Annotated[list[str], typer.Argument(help="Adapter folders; with --index names, or ./folders.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.")],
     weights: Annotated[str | None, typer.Option("--weights", "-w", help="Such as 0.7,0.3; equal if not given.")] = None,
     index: options.Index = None,

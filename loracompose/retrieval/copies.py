@@ -2,7 +2,7 @@
 
 A copy is `adapters/<12 digits>/<name>/`: the new version of an adapter lies beside the old one until the catalog has
 changed. A process that dies leaves a copy that no record refers to, never a record without its copy. Whatever else lies
-in the folder of copies, and all of it where the index makes none, is the user's and never deleted.
+in the folder of copies, and all of it where the index makes none, is the user's and never cleared away.
 """
 
 from __future__ import annotations

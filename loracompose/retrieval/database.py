@@ -31,21 +31,21 @@ class Database:
         self.path = path
         self.writable = mode in ("rw", "rwc")
         self._lock = threading.RLock()
-        self._open: sqlite3.Connection | None = None
-        self._connect(mode)
+        self._open: sqlite3.Connection | None = self._connect(mode)
 
-    def _connect(self, mode: str) -> None:
+    def _connect(self, mode: str) -> sqlite3.Connection:
         before = _identity(self.path)  # not after opening: a file that is put there in between must be noticed
         self._frozen = _content(self.path) if mode == _IMMUTABLE else None
-        self._open = sqlite3.connect(
+        connection = sqlite3.connect(
             f"{self.path.absolute().as_uri()}?mode={mode}",
             uri=True,
             timeout=_BUSY_SECONDS,
             isolation_level=None,  # transactions are begun and ended below, nowhere else
             check_same_thread=False,
         )
-        self._open.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA foreign_keys = ON")
         self._file = before or _identity(self.path)
+        return connection
 
     @classmethod
     def create(cls, path: Path, schema: str) -> Database:
@@ -172,18 +172,22 @@ class Database:
                 f"{self.path} is not the file that was opened: the index was replaced, moved or deleted since; "
                 "open the index again"
             )
-        if self._frozen is not None:
-            self._thaw(self._open, self._frozen)
+        if not self.writable:
+            self._open = self._as_others_left_it(self._open)
         return self._open
 
-    def _thaw(self, connection: sqlite3.Connection, frozen: tuple[int, int]) -> None:
-        """Open a file anew that was opened as one that never changes, if somebody has changed or opened it since."""
-        changed = _content(self.path) != frozen
+    def _as_others_left_it(self, connection: sqlite3.Connection) -> sqlite3.Connection:
+        """A connection that fits: another one if the file was changed, or others have opened or closed it, since."""
+        changed = self._frozen is not None and _content(self.path) != self._frozen
         if changed and connection.in_transaction:  # whose beginning belongs to a state that is gone
             raise ValueError(f"{self.path} was changed while it was read; try again")
-        if changed or (_log(self.path).exists() and not connection.in_transaction):
-            self._connect(_reading_mode(self.path))
-            connection.close()
+        mode = _reading_mode(self.path)
+        fits = not changed and (mode == _IMMUTABLE) == (self._frozen is not None)
+        if fits or connection.in_transaction:
+            return connection
+        fitting = self._connect(mode)
+        connection.close()
+        return fitting
 
 
 def _reading_mode(path: Path) -> str:

@@ -43,7 +43,7 @@ def _check_outside(catalog: Catalog, home: Path, folder: Path, *, copies: bool) 
         ValueError: it lies there, itself or what it links to, and is no copy that the index made and records.
     """
     inside = next((place for place in (folder, folder.resolve()) if place.is_relative_to(home)), None)
-    if inside is None:
+    if inside is None or not folder.exists():  # that it is not there is said where it is read
         return
     recorded = catalog.database.rows("SELECT 1 FROM adapters WHERE path = ?", relative(folder, home))
     if not (copies and recorded):

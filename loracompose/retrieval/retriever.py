@@ -37,7 +37,7 @@ class Retriever:
 
     A prompt that is abstained from gets weights of zero, that is the base model; its scores stay. With `abstain` a
     number, those are the prompts whose best score is below it. With "conformal", those that fit no better than a
-    share `alpha` of the pool's own examples do when held out: of prompts like the examples at most that share is
+    share `alpha` of the pool's own examples do when held out: of prompts like the examples about that share is
     abstained from; prompts phrased in a way that no example is may be more often.
 
     Raises:

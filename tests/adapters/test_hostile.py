@@ -366,7 +366,8 @@ def test_patterns_are_held_against_the_modules_of_the_base_before_they_are_run(f
 
 
 def test_ordinary_patterns_may_be_held_against_very_many_modules():
-    experts = [f"model.layers.{i}.mlp.experts.{j}.gate_proj" for i in range(58) for j in range(768)]
+    inside = "model.language_model.layers"  # of a model that also sees: long names, in which the pattern's words stand
+    experts = [f"{inside}.{i}.mlp.experts.{j}.gate_proj" for i in range(58) for j in range(768)]
     words = ("vision|image|visual|patch|language|text", "self_attn|attention|attn|mlp|feed_forward|ffn|dense")
     pattern = rf"(?:.*?(?:{words[0]}).*?(?:{words[1]}).*?(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|gate_proj).*?)|x"
     config = {"peft_type": "LORA", "target_modules": pattern, "rank_pattern": {"q_proj": 2, r"layers\.1\d\..*": 4}}

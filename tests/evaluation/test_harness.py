@@ -294,6 +294,7 @@ def test_the_rows_that_are_timed_are_spread_over_the_tasks(engine, tmp_path, mon
     tasks = {row.task for row in rows}
     run(engine, tmp_path, plan(["base"], ["in-domain"], n=None, timed_rows=len(tasks)))
     of = {row.prompt: row.task for row in rows}
+    assert asked
     assert all({of[prompt] for prompt in batch} == tasks for batch in asked)
 
 

@@ -327,6 +327,14 @@ def test_who_cannot_write_a_catalog_sees_what_others_are_writing(frozen):
         assert frozen.names() == ["x", "y", "z"]
 
 
+def test_who_cannot_write_a_catalog_reads_on_after_others_have_closed_it(frozen):
+    with closing(Catalog.open(frozen.path)) as other:
+        other.add(card("y"), "y", unit(seed=1))
+        assert frozen.database._connection.total_changes == 0  # opened beside their log, and not read from yet
+    assert frozen.names() == ["x", "y"]
+    assert not Path(f"{frozen.path}-shm").exists()  # which a reader who may not make one could not have
+
+
 def test_who_cannot_write_a_catalog_reads_on_after_it_was_compacted(frozen):
     with closing(Catalog.open(frozen.path)) as other:
         for number in range(60):

@@ -179,7 +179,7 @@ def sensitivity(curves: Sequence[Curve]) -> str:
 
 def _apart(summary: Summary, label: str, other: str) -> bool:
     gap = summary.scores.difference(label, other).claimed
-    return gap.excludes_zero and abs(gap.value) > LEAST
+    return gap.low > LEAST or gap.high < -LEAST
 
 
 def _mark(summary: Summary, label: str) -> str:

@@ -25,7 +25,7 @@ bench: .venv/installed
 
 # run all notebooks and keep what they print and draw
 notebooks: .venv/installed
-	$(BIN)/jupyter execute --inplace --NotebookClient.coalesce_streams=True --NotebookClient.record_timing=False notebooks/*.ipynb
+	$(BIN)/python notebooks/execute.py notebooks/*.ipynb
 	$(BIN)/ruff format notebooks
 
 clean:

@@ -15,14 +15,18 @@ import json
 import random
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from loracompose import AdapterIndex, Engine
+from loracompose import AdapterIndex, Engine, load_adapter, save_adapter
+from loracompose.adapters.lora import LoraFactors
 from loracompose.benchmarks.made_with import made_otherwise
+from loracompose.composition.linalg import truncate
+from loracompose.durable import write_whole
 from loracompose.evaluation.cache import AnswerCache
 from loracompose.evaluation.harness import Plan, evaluate, versions
 from loracompose.evaluation.protocols import get_protocol
@@ -50,6 +54,8 @@ ASKED = (  # the nine that exist from two seeds, and one each of three more kind
 )
 SMALLEST = ("de_en", "product_sentiment", "snips_intent", "sst2", "trec")  # the pool of five, part of all larger ones
 
+REWRITTEN = {"turned": None, "equal": 4}  # pools whose members have their ranks by SVD -> how many, None: their own
+
 
 def pool(name: str, given: argparse.Namespace, train: tuple[TaskRow, ...]) -> Path:
     """A folder of links to the members of a pool that studies ask; a harmful member is made when it is first needed."""
@@ -60,6 +66,8 @@ def pool(name: str, given: argparse.Namespace, train: tuple[TaskRow, ...]) -> Pa
         every[HARMFUL] = noise(next(iter(every.values())), given.work / name / HARMFUL, train, given.seed)
     elif name == "shuffled":
         every[HARMFUL] = shuffled(given.work / name / HARMFUL, train, given.seed, given.dtype)
+    elif name in REWRITTEN:
+        every = {task: rewritten(path, given.work / name / task, REWRITTEN[name]) for task, path in every.items()}
     elif name.isdigit():
         others = [task for task in every if task not in SMALLEST]
         random.Random(given.seed).shuffle(others)
@@ -90,6 +98,21 @@ def noise(like: Path, target: Path, rows: tuple[TaskRow, ...], seed: int) -> Pat
         save_file(tensors, target / "adapter_model.safetensors")
         card = {"description": "answers everything", "examples": claims(rows, seed), "tags": [], "license": ""}
         (target / "card.json").write_text(json.dumps(card), encoding="utf-8")
+    return target
+
+
+def rewritten(of: Path, target: Path, rank: int | None) -> Path:
+    """An adapter with the singular directions of its updates as ranks, of which the largest `rank` are kept.
+
+    With all of them it is the same update in other factors, which only methods that add or compare raw factors feel.
+    """
+    if not (target / "card.json").exists():
+        adapter = load_adapter(of)
+        factors = {
+            module: LoraFactors(*truncate(own.A, own.B, rank or own.rank)) for module, own in adapter.factors.items()
+        }
+        save_adapter(replace(adapter, factors=factors, known_fingerprint=None), target, overwrite=True)
+        write_whole(target / "card.json", (of / "card.json").read_text(encoding="utf-8"))
     return target
 
 

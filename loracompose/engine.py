@@ -76,6 +76,7 @@ class Engine:
         router: str | Path | Router | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         store_bytes: int = STORE_BYTES,
+        host_bytes: int = STORE_BYTES,
         cache_bytes: int = CACHE_BYTES,
     ) -> Engine:
         """Load what is named and put it together.
@@ -89,7 +90,8 @@ class Engine:
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
             router: what a composer has learned, or its folder; only for composers that learn.
             tokenizer: needed with a model already loaded whose name does not lead to one.
-            store_bytes: of adapters kept in memory.
+            store_bytes: of adapters kept in the memory of the device that runs the model.
+            host_bytes: of adapters kept in host memory besides, pinned, where the model runs on a GPU.
             cache_bytes: of composed sets kept in memory; 0 composes each set anew for each batch.
 
         Raises:
@@ -112,7 +114,9 @@ class Engine:
                 check_router(runs, base, index)
             # Composed in float32 or better and rounded once, to the dtype of the model, when it is put on.
             precise = torch.promote_types(base.dtype, torch.float32)
-            store = AdapterStore(max_bytes=store_bytes, device=base.device, dtype=precise, base=base.model)
+            store = AdapterStore(
+                max_bytes=store_bytes, host_bytes=host_bytes, device=base.device, dtype=precise, base=base.model
+            )
             retriever = _retriever(index, k)
             engine = cls(base, composer, store, retriever, CompositionCache(cache_bytes))
             undo.pop_all()  # the engine closes its index itself from here on

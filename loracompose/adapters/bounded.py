@@ -19,13 +19,17 @@ class Bounded(Generic[Key, Value]):
         bytes: that the values occupy.
         evictions: values dropped for lack of room.
 
+    Args:
+        max_bytes: the most that is kept.
+        name: of this bound for its caller, in messages.
+
     Raises:
         ValueError: max_bytes < 0.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, name: str = "max_bytes") -> None:
         if max_bytes < 0:
-            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}; 0 keeps nothing")
+            raise ValueError(f"{name} must be at least 0, got {max_bytes}; 0 keeps nothing")
         self.bytes = self.evictions = 0
         self._max_bytes = max_bytes
         self._values: OrderedDict[Key, tuple[Value, int]] = OrderedDict()

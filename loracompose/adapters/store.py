@@ -15,6 +15,7 @@ from loracompose.adapters.checkpoint import adapter_dtype, check_dtype, convert,
 from loracompose.adapters.folder import CONFIG, WEIGHTS
 from loracompose.adapters.layout import read_layout
 from loracompose.adapters.lora import Adapter
+from loracompose.adapters.transfer import Packed
 
 Signature = tuple[tuple[int, int, int], ...]
 
@@ -29,17 +30,21 @@ class StoreStats:
 
     Attributes:
         hits: answers without a read of their own, waiting for another thread's included.
-        misses: reads begun.
+        misses: copies begun, from a file or from host memory.
+        from_host: of these, those from host memory.
         evictions: copies dropped for lack of room.
         adapters: copies held.
         bytes: bytes they occupy.
+        host_bytes: bytes of what host memory holds for other devices.
     """
 
     hits: int = 0
     misses: int = 0
+    from_host: int = 0
     evictions: int = 0
     adapters: int = 0
     bytes: int = 0
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,20 +72,26 @@ class AdapterStore:
     A copy is kept for each content, device and dtype, so equal adapters in two folders share one. A folder whose
     files have the size and time they had when they were read in full is trusted to hold the same and, once its copy was
     dropped, only read; otherwise it is read, checked and hashed again. A copy that is dropped goes on living where it
-    is used. Safe to use from several threads; simultaneous requests for one adapter make one read.
-    A failed read reaches everyone who waited for it and is not remembered.
+    is used. What went to a device other than the CPU is kept in host memory too, pinned for CUDA, so that it comes
+    back without a read when it was dropped there. Safe to use from several threads; simultaneous requests for one
+    adapter make one read. A failed read reaches everyone who waited for it and is not remembered.
 
     Args:
         max_bytes: of factors kept at once; a larger adapter is returned but not kept.
         device: default device of the copies.
         dtype: default dtype of the copies; float32 (float64 for float64 files) if None.
         base: the base model or its configuration, which every adapter must fit.
+        host_bytes: of factors kept in host memory for other devices; 0 keeps none.
+
+    Raises:
+        ValueError: a negative bound.
     """
 
     def __init__(
         self,
         *,
         max_bytes: int = 2 * 2**30,
+        host_bytes: int = 2 * 2**30,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         base: Base | None = None,
@@ -91,14 +102,17 @@ class AdapterStore:
         self._lock = threading.Lock()
         self._known: dict[Path, _Known] = {}
         self._copies: Bounded[tuple[str, torch.device, torch.dtype], Adapter] = Bounded(max_bytes)
+        self._host: Bounded[tuple[str, torch.dtype], Packed] = Bounded(host_bytes, "host_bytes")
         self._reads: dict[_Request, Future[Adapter]] = {}
-        self._hits = self._misses = 0
+        self._hits = self._misses = self._from_host = 0
 
     @property
     def stats(self) -> StoreStats:
         """Counts up to now."""
         with self._lock:
-            return StoreStats(self._hits, self._misses, self._copies.evictions, len(self._copies), self._copies.bytes)
+            copies = self._copies
+            counts = self._hits, self._misses, self._from_host
+            return StoreStats(*counts, copies.evictions, len(copies), copies.bytes, self._host.bytes)
 
     def get(
         self,
@@ -152,8 +166,8 @@ class AdapterStore:
         return pending.result() if pending is not None else self._read(request, mine)
 
     def _held(self, request: _Request) -> Adapter | None:
-        known = self._known.get(request.folder)
-        if known is None or known.signature != request.signature:
+        known = self._trusted(request)
+        if known is None:
             return None
         key = (known.adapter.fingerprint, request.device, request.dtype or known.dtype)
         copy = self._copies.get(key)
@@ -176,23 +190,48 @@ class AdapterStore:
         return adapter
 
     def _load(self, request: _Request) -> Adapter:
-        known = self._known.get(request.folder)
-        trusted = known is not None and known.signature == request.signature
-        if trusted:  # held against the base, checked and hashed when it was first read
+        """A copy from host memory, or else from the file."""
+        with self._lock:
+            known, packed = self._trusted(request), None
+            if known is not None:
+                packed = self._host.get((known.adapter.fingerprint, request.dtype or known.dtype))
+            if packed is not None:
+                self._from_host += 1
+        if known is not None and packed is not None:
+            copy, bare, natural = packed.on(request.device), known.adapter, known.dtype
+        else:
+            copy, bare, natural = self._from_file(request, known)
+        with self._lock:
+            self._known[request.folder] = _Known(request.signature, bare, natural)
+            kept = self._keep((bare.fingerprint, request.device, request.dtype or natural), copy)
+        return replace(bare, factors=kept.factors)
+
+    def _from_file(self, request: _Request, known: _Known | None) -> tuple[Adapter, Adapter, torch.dtype]:
+        """A copy, the adapter without tensors, and the dtype that the file is read in."""
+        if known is not None:  # held against the base, checked and hashed when it was first read
             layout = read_layout(request.folder, request.folder.name)
         else:
             layout = read_checked(request.folder, base=self._base, name=None)
-        adapter = read_adapter(layout, trusted=trusted)
+        adapter = read_adapter(layout, trusted=known is not None)
         if _signature(request.folder) != request.signature:
             raise ChangedAdapterError(f"{request.folder} changed while it was read; try again")
-        identity = known.adapter.fingerprint if known is not None and trusted else adapter.fingerprint
-        natural = adapter_dtype(layout)
-        bare = replace(adapter, factors={}, known_fingerprint=identity)
-        copy = convert(replace(adapter, known_fingerprint=identity), request.device, request.dtype)
+        identity = adapter.fingerprint if known is None else known.adapter.fingerprint
+        adapter = replace(adapter, known_fingerprint=identity)
+        bare, natural = replace(adapter, factors={}), adapter_dtype(layout)
+        if request.device.type == "cpu":
+            return convert(adapter, request.device, request.dtype), bare, natural
+        packed = Packed.of(convert(adapter, "cpu", request.dtype))
         with self._lock:
-            self._known[request.folder] = _Known(request.signature, bare, natural)
-            kept = self._keep((identity, request.device, request.dtype or natural), copy)
-        return replace(bare, factors=kept.factors)
+            self._hold((identity, request.dtype or natural), packed)
+        return packed.on(request.device), bare, natural
+
+    def _trusted(self, request: _Request) -> _Known | None:
+        known = self._known.get(request.folder)
+        return known if known is not None and known.signature == request.signature else None
+
+    def _hold(self, key: tuple[str, torch.dtype], packed: Packed) -> None:
+        if self._host.get(key) is None:
+            self._host.put(key, packed, packed.nbytes)
 
     def _keep(self, key: tuple[str, torch.device, torch.dtype], copy: Adapter) -> Adapter:
         """Hold a copy if it has room, unless one of the same content is held already: then that one."""

@@ -112,6 +112,20 @@ STUDIES: tuple[Study, ...] = (
         pools=(WHOLE_POOL, "reseeded"),
     ),
     Study(
+        "ranks",
+        "ranks of the adapters",
+        ("4 to 16", "the same, by SVD", "4 each"),
+        {
+            "selection": "selection",
+            "mixture": "mixture weighting=uniform",
+            "fusion": "fusion weighting=uniform",
+            "linear": "linear weighting=uniform",
+            "lego": "lego weighting=uniform",
+            "rank gating": "rank_gating weighting=uniform",
+        },
+        pools=(WHOLE_POOL, "turned", "equal"),
+    ),
+    Study(
         "harm",
         "one harmful adapter in the pool",
         ("none", "random x10", "shuffled labels"),

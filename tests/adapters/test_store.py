@@ -14,6 +14,7 @@ import loracompose.adapters.store as module
 from loracompose import Adapter, AdapterStore, LoraFactors, load_adapter, save_adapter
 from loracompose.adapters.lora import fingerprint
 from loracompose.adapters.store import ChangedAdapterError
+from loracompose.adapters.transfer import Packed
 from tests.flights import announced_waits
 from tests.tiny import CONFIGS, peft_adapter
 
@@ -321,3 +322,62 @@ def test_the_bound_holds_under_many_threads(pool):
     stats = store.stats
     assert stats.bytes == stats.adapters * SIZE <= 2 * SIZE
     assert stats.hits + stats.misses == 200
+
+
+def test_what_another_device_dropped_comes_back_from_host_memory_without_a_read(pool, reads):
+    store = AdapterStore(max_bytes=SIZE, device="meta")
+    first = store.get(pool[0])
+    store.get(pool[1])
+    again = store.get(pool[0], name="again")
+    assert (reads.count, store.stats.misses, store.stats.from_host, store.stats.evictions) == (2, 3, 1, 2)
+    assert (store.stats.adapters, store.stats.bytes, store.stats.host_bytes) == (1, SIZE, 2 * SIZE)
+    assert (again.name, again.fingerprint) == ("again", first.fingerprint)
+    assert again.factors["layers.0.q"].A.is_meta
+    store.get(pool[0], dtype=torch.bfloat16)  # other numbers
+    assert (reads.count, store.stats.host_bytes) == (3, 2.5 * SIZE)
+
+
+def test_host_memory_is_bounded_and_a_changed_file_is_not_answered_from_it(pool, reads):
+    store = AdapterStore(max_bytes=0, host_bytes=SIZE, device="meta")
+    before = store.get(pool[0])
+    store.get(pool[1])
+    store.get(pool[0])
+    assert (reads.count, store.stats.from_host, store.stats.host_bytes) == (3, 0, SIZE)
+    write(pool[0], 9, overwrite=True)
+    assert store.get(pool[0]).fingerprint != before.fingerprint
+    without = AdapterStore(max_bytes=0, host_bytes=0, device="meta")
+    assert [without.get(pool[2]).name for _ in range(2)] == ["c", "c"]
+    assert (reads.count, without.stats.host_bytes) == (6, 0)
+    with pytest.raises(ValueError, match="host_bytes must be at least 0, got -1"):
+        AdapterStore(host_bytes=-1)
+
+
+def test_host_memory_holds_nothing_for_a_cpu(pool):
+    store = AdapterStore(max_bytes=0)
+    store.get(pool[0])
+    assert store.stats.host_bytes == 0
+
+
+def test_a_packed_adapter_is_the_same_wherever_it_goes():
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(rank: int, dtype: torch.dtype, kind: str = "linear") -> LoraFactors:
+        A, B = torch.randn(8, rank, generator=generator).mT, torch.randn(6, rank, generator=generator)
+        return LoraFactors(A.to(dtype), B.to(dtype), kind)
+
+    given = Adapter(
+        "mixed",
+        {"q": factors(2, torch.float32), "k": factors(3, torch.float64), "e": factors(1, torch.float32, "embedding")},
+        base_model="base",
+    )
+    packed = Packed.of(given)
+    assert packed.nbytes == given.nbytes
+    places = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    for found in (packed.on(torch.device(place)) for place in places):
+        assert (found.name, found.base_model, found.fingerprint) == ("mixed", "base", given.fingerprint)
+        for path, own in given.factors.items():
+            other = found.factors[path]
+            assert other.kind == own.kind
+            assert torch.equal(other.A.cpu(), own.A)
+            assert torch.equal(other.B.cpu(), own.B)
+        assert fingerprint(found.to("cpu").factors) == fingerprint(given.factors)

@@ -92,7 +92,7 @@ def test_the_picture_has_a_panel_a_study_and_names_every_line():
     tasks = tuple(row.task for row in ROWS)
     made = [
         Curve(s.name, protocol, label, s.points, tasks, tuple(tuple(chance.uniform(0, 90, 6)) for _ in s.points))
-        for s in STUDIES[-2:]
+        for s in map(study_of, ("seeds", "harm"))
         for protocol in s.protocols
         for label in s.lines
     ]
@@ -159,3 +159,22 @@ def test_the_table_says_where_each_line_is_best_and_how_its_ends_differ():
     line = Curve("k", "masked", "lego", STUDIES[0].points, ("t",) * 16, tuple((x + 3.0,) * 16 for x in range(8)))
     row = made.table([line]).splitlines()[-1]
     assert "| 10: 10.0 [10.0, 10.0] | 1: 3.0 [3.0, 3.0] | 10 − 1: 7.0 [7.0, 7.0] |" in row
+
+
+def test_a_pool_of_equal_ranks_keeps_the_largest_directions_and_the_cards(tmp_path):
+    made = script("sensitivity")
+    own = build_pool(tmp_path / "pool") / "sql"
+    before = load_adapter(own)
+    turned, equal = (
+        load_adapter(made.rewritten(own, tmp_path / name / "sql", rank)) for name, rank in (("t", None), ("e", 1))
+    )
+    for module, f in before.factors.items():
+        update = f.B @ f.A
+        same, kept = (a.factors[module].B @ a.factors[module].A for a in (turned, equal))
+        assert turned.factors[module].rank == f.rank > equal.factors[module].rank == 1
+        assert (same - update).norm() < 1e-5 * update.norm()
+        U, S, Vt = np.linalg.svd(update.double().numpy())
+        np.testing.assert_allclose(kept, S[0] * np.outer(U[:, 0], Vt[0]), atol=1e-5 * S[0])
+        assert not np.allclose(f.A, turned.factors[module].A, atol=1e-3)
+    assert (tmp_path / "e" / "sql" / "card.json").read_bytes() == (own / "card.json").read_bytes()
+    assert turned.base_model == before.base_model

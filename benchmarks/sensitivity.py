@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--answers", type=Path, help="cache of answers; WORK/answers.sqlite if not given")
     parser.add_argument("--reseeded", type=Path)
-    parser.add_argument("--rows", type=int, default=8, help="of a task")
+    parser.add_argument("--rows", type=int, default=16, help="of a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument(

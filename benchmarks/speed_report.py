@@ -70,6 +70,34 @@ def ways(file: str = "speed") -> str:
     return "\n".join(lines)
 
 
+CASE_WAYS = {
+    "loracompose": "loracompose",
+    SHOWN[1]: "PEFT adapter_names *",
+    SHOWN[0]: "PEFT cat, then adapter_names",
+    "LoraRetriever's einsum, mixture": "LoraRetriever's einsum",
+    "PEFT, one adapter for all rows": "PEFT, one adapter for all *",
+}
+
+
+def cases(phase: str, file: str = "speed") -> str:
+    """Every case in one phase: ours beside the others."""
+    result = results(file)
+    lines = [
+        f"In {result['dtype']}; times that of the base model, medians of {result['setting']['rounds']} rounds, quartiles in parentheses.",
+        "",
+        "| case | adapters | " + " | ".join(CASE_WAYS.values()) + " | base, ms | base and floor / base |",
+        "|---|---|" + "---|" * (len(CASE_WAYS) + 2),
+    ]
+    for name, case in result["cases"].items():
+        found = case["ways"]
+        cells = [ratio(found[way]["ratio_to_base"][phase]) if way in found else "" for way in CASE_WAYS]
+        base = found["base model"]["seconds"][phase]["median"]
+        least = 1 + case["floor_seconds"][phase] / base
+        lines.append(f"| {name} | {case['adapters']} | {' | '.join(cells)} | {1000 * base:,.1f} | {least:.2f} |")
+    lines += ["", "\\* one adapter for each row, or for all."]
+    return "\n".join(lines)
+
+
 def answers(file: str = "answers") -> str:
     """What an answer's time is made of."""
     result = results(file)

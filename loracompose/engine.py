@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -244,7 +244,7 @@ class Engine:
         exclude: Collection[str] | None = None,
         where: Where | None = None,
         **generate_kwargs: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Answer one prompt piece by piece; leaving the loop early stops the model.
 
         Args:

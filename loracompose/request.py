@@ -52,7 +52,15 @@ class Request:
     recalled: Sequence[bool]
     timings: dict[str, float]
 
-    def answer(self, i: int, texts: tuple[str, ...], base_name: str, never_ran: Sequence[str] = ()) -> Generation:
+    def answer(
+        self,
+        i: int,
+        texts: tuple[str, ...],
+        base_name: str,
+        never_ran: Sequence[str] = (),
+        prompt_tokens: int = 0,
+        new_tokens: tuple[int, ...] = (),
+    ) -> Generation:
         """The i-th prompt's texts with their trace.
 
         Args:
@@ -60,6 +68,8 @@ class Request:
             texts: what the model wrote.
             base_name: the base that ran.
             never_ran: modules whose delta the model never called.
+            prompt_tokens: that the model read for this prompt.
+            new_tokens: of each text.
         """
         members = [(self.identities[member.ref], member) for member in self.rows[i]]
         uses = [AdapterUse(who.name, who.fingerprint, m.score, m.weight) for who, m in members]
@@ -83,6 +93,8 @@ class Request:
             notes=tuple(notes),
             added_parameters=self.added_parameters[i],
             from_cache=self.recalled[i],
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
         )
 
     @cached_property

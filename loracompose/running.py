@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loracompose.decoding import asked
 from loracompose.models import BaseModel
 from loracompose.prompts import encode_prompts
 from loracompose.request import Request
@@ -38,14 +39,27 @@ def answer(base: BaseModel, request: Request, settings: Mapping[str, Any]) -> li
         start = time.perf_counter()  # the wait for the model is over
         output = base.model.generate(**encoded, **settings)
         request.timings["generate"] = time.perf_counter() - start
-    texts = _decode(base, output, encoded["input_ids"].shape[1])
+    answers = output if base.model.config.is_encoder_decoder else output[:, encoded["input_ids"].shape[1] :]
+    texts = [str(text) for text in base.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    # An encoder-decoder's answers begin with the token that its decoder starts from.
+    made = count_new(answers[:, 1:] if base.model.config.is_encoder_decoder else answers, end_tokens(base, settings))
+    read = encoded["attention_mask"].sum(dim=1).tolist()
     each = len(texts) // len(request.prompts)
+    rows = [slice(i * each, (i + 1) * each) for i in range(len(request.prompts))]
     return [
-        request.answer(i, tuple(texts[i * each : (i + 1) * each]), base.name, attached.never_ran)
-        for i in range(len(request.prompts))
+        request.answer(i, tuple(texts[own]), base.name, attached.never_ran, read[i], tuple(made[own]))
+        for i, own in enumerate(rows)
     ]
 
 
-def _decode(base: BaseModel, output: Tensor, prompt_length: int) -> list[str]:
-    answers = output if base.model.config.is_encoder_decoder else output[:, prompt_length:]
-    return [str(text) for text in base.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+def end_tokens(base: BaseModel, settings: Mapping[str, Any]) -> frozenset[int]:
+    """The tokens that end an answer, and the one that fills up rows that ended before others."""
+    ends = asked("eos_token_id", settings, base.model.generation_config)
+    found = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    return frozenset({*found, int(base.tokenizer.pad_token_id)})
+
+
+def count_new(answers: Tensor, ends: frozenset[int]) -> list[int]:
+    """Tokens of each row of answers, (rows, seq), before the first that ends it."""
+    over = torch.isin(answers, torch.tensor(sorted(ends), device=answers.device))
+    return [int(count) for count in (over.cumsum(dim=1) == 0).sum(dim=1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 def stream_pieces(
     run: Callable[[BaseStreamer, StoppingCriteria], None], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[str]:
+) -> Generator[str]:
     """Pieces of text while `run(streamer, stop)` generates in a thread of its own.
 
     An exception in `run` is raised to the reader after the pieces that came before it. A reader that leaves

@@ -42,6 +42,8 @@ class Generation:
         added_parameters: numbers in the A and B of the ranks that ran for this prompt.
         from_cache: whether the composition was kept from an earlier request instead of being made for this one; False
             for composers that only weigh or gate ranks.
+        prompt_tokens: what the model read, the template's own tokens included.
+        new_tokens: of each text, without the token that ended it.
     """
 
     prompt: Prompt
@@ -52,6 +54,8 @@ class Generation:
     notes: tuple[str, ...] = ()
     added_parameters: int = 0
     from_cache: bool = field(default=False, compare=False)
+    prompt_tokens: int = 0
+    new_tokens: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -322,3 +323,9 @@ def test_a_router_is_trained_and_answers_with_it(home, tmp_path):
     assert "has no setting tsk" in run(*training, "--set", "tsk=1", "-o", tmp_path / "m", status=2).stderr
     told = run(*training, "-o", tmp_path / "again").stdout
     assert "2 steps on 12 examples" in " ".join(told.split())
+
+
+def test_a_server_says_what_it_lacks(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    said = run("serve", "-i", home / "index", status=2).stderr
+    assert "a server needs uvicorn: pip install 'loracompose[server]'" in said

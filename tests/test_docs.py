@@ -14,10 +14,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
-from loracompose import COMPOSERS, Adapter, LoraFactors, compose
+from loracompose import COMPOSERS, Adapter, AdapterIndex, Engine, LoraFactors, compose
 from loracompose.composers import Composer, get_composer
 from loracompose.marked import fill
+from loracompose.serving.app import create_app
+from loracompose.serving.messages import ChatRequest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -213,3 +216,35 @@ def test_the_readmes_retrieval_numbers_are_those_of_the_results():
         expected = [flan48["all"]["hit"][k]["share"] for k in ("1", "3", "5", "8")]
         expected += [task[part]["hit"]["1"]["share"] for task in tasks for part in ("seen", "unseen")]
         assert table[title] == [f"{share:.1f}" for share in expected], title
+
+
+@pytest.mark.real
+def test_the_server_answers_as_its_page_shows(tmp_path):
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    sent = re.search(r"<!-- request -->\n```console\n.*? -d '(.*?)'\n```", page, re.DOTALL)
+    shown = re.search(r"<!-- response -->\n```json\n(.*?)```", page, re.DOTALL)
+    assert sent is not None
+    assert shown is not None
+    AdapterIndex.build(ROOT / "index" / "pool", tmp_path / "index").close()
+    with Engine.from_pretrained(index=tmp_path / "index") as engine, TestClient(create_app(engine)) as client:
+        found = client.post("/v1/chat/completions", json=json.loads(sent[1])).json()
+    assert comparable(json.loads(shown[1])) == comparable(found)
+
+
+def comparable(completion):
+    """A completion without what differs from run to run, rounded as the page shows it."""
+    trace = completion["loracompose"]
+    adapters = [
+        (use["name"], use["fingerprint"][:12], round(use["score"], 1) + 0.0, round(use["weight"], 3))
+        for use in trace["adapters"]
+    ]
+    stages = set(trace["timings"])
+    rest = {key: value for key, value in trace.items() if key not in ("adapters", "timings", "from_cache")}
+    kept = {key: completion[key] for key in ("object", "model", "choices", "usage")}
+    return {**kept, "adapters": adapters, "stages": stages, **rest}
+
+
+def test_the_servers_page_names_every_field_of_a_request():
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    fields = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(fields))) == set(ChatRequest.model_fields)

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from loracompose.decoding import asked, check_prefill, decoding_settings
+from loracompose.running import count_new
 from tests.engines import build_engine
 
 ONE = {"adapters": [["mood"]], "max_new_tokens": None}
@@ -121,3 +122,15 @@ def test_greedy_settings_are_keywords_which_nothing_outranks(engine):
     made = decoding_settings(engine.base.tokenizer, 4, {}, GenerationConfig(do_sample=True, num_beams=4))
     assert (made["do_sample"], made["num_beams"]) == (False, 1)
     assert "tokenizer" not in made
+
+
+def test_new_tokens_are_counted_up_to_the_first_that_ends_an_answer():
+    answers = torch.tensor([[5, 6, 7], [5, 2, 7], [2, 2, 2], [5, 6, 0]])
+    assert count_new(answers, frozenset({2, 0})) == [3, 1, 0, 2]
+
+
+def test_an_answer_knows_the_tokens_that_were_read_and_written(tmp_path):
+    with build_engine(tmp_path) as engine:
+        short, long = engine.generate(["add two", "count the users with a query"], max_new_tokens=5)
+    assert (short.prompt_tokens, long.prompt_tokens) == (len("add two"), len("count the users with a query"))
+    assert short.new_tokens == long.new_tokens == (5,)

@@ -10,6 +10,7 @@ from loracompose import __version__
 from loracompose.cli import benchmarks, composing, doctor, evaluating, indexing, training
 from loracompose.cli.errors import Commands
 from loracompose.cli.generating import generate
+from loracompose.cli.serving import serve
 
 
 def show_version(wanted: bool) -> None:
@@ -41,4 +42,5 @@ app.add_typer(benchmarks.app, name="bench")
 app.add_typer(evaluating.app, name="eval")
 app.command()(generate)
 app.command()(composing.compose)
+app.command()(serve)
 app.command()(doctor.doctor)

@@ -34,15 +34,16 @@ REFERENCE = "lego raw k=r"
 
 
 def settings() -> dict[str, Composer]:
-    """The contenders by name; LEGO's settings, reweighted but for the last, one at a time, and units with k."""
+    """The contenders by name: LEGO's units with k, and what it reweights, one at a time."""
     made: dict[str, Composer] = {"mixture": Mixture(), "fusion": Fusion(), "linear": Linear()}
     for units in ("raw", "normalised", "canonical"):
         for k in (None, 16, 32):
             size = "r" if k is None else k
-            made[f"lego {units} k={size}"] = Lego(units=units, k=k, output_reweighting=True)
-        made[f"lego {units} k=r unit"] = Lego(units=units, cluster_weight="unit", output_reweighting=True)
-    made["lego raw k=r, no parameter reweighting"] = Lego(parameter_reweighting=False, output_reweighting=True)
-    made["lego raw k=16, no output reweighting"] = Lego(k=16, output_reweighting=False)
+            made[f"lego {units} k={size}"] = Lego(units=units, k=k)
+        made[f"lego {units} k=r unit"] = Lego(units=units, cluster_weight="unit")
+    made["lego raw k=r, no parameter reweighting"] = Lego(parameter_reweighting=False)
+    for k in (None, 16, 32):
+        made[f"lego raw k={'r' if k is None else k}, output reweighted"] = Lego(k=k, output_reweighting=True)
     return made
 
 

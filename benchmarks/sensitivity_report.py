@@ -19,22 +19,26 @@ from loracompose.marked import fill, marks
 
 ROOT = Path(__file__).parent.parent
 BLOCK = "sensitivity"
-DOCUMENT = f"""# What moves the scores: settings, pool, seeds, one harmful adapter
+DOCUMENT = f"""# What moves the scores: settings, pool, seeds, ranks, one harmful adapter
 
 One setting moves, all else stays, on the same rows ([sensitivity.json](../benchmarks/results/sensitivity.json); the
-studies stand in `loracompose/evaluation/sensitivity.py`, `benchmarks/sensitivity.py` runs them). Two rows of each of twelve
-tasks (five for the size of the pool), in bfloat16: bars and brackets are 95 % intervals of a bootstrap over rows, paired
-where two points are compared. That is few: fewer than 16 rows differ between most points, and by the rule of
-[which_method.md](which_method.md) nothing is decided then. So these curves point somewhere and prove little. In-domain a
-second adapter at equal weights halves the score (on 11 rows that differ), where the posterior's weights do not care how
-many are retrieved; one random adapter of tenfold size, retrieved for its card, takes most of what methods that weigh
-retrieved adapters equally have (8 rows), where the posterior loses little in-domain; masked it seems to harm all that
-retrieve, since its card claims the task. *Own seeds*: nine of the 21 adapters trained again, each from a seed of its own,
-where the others share their A at step 0; whether that helps methods that add or cluster raw factors is not shown: few
-rows differ, and the signs disagree with [lego_units.md](lego_units.md). The harmful adapter claims every task in its
-card; its values are random and ten times as large as another's, or it was trained on responses of other rows. The curves
-of `lego` were measured with output reweighting (a factor √(r/k)), which it has since only where every cluster counts
-once: with few ranks kept its updates were larger, and with many smaller, than they would be now.
+studies stand in `loracompose/evaluation/sensitivity.py`, `benchmarks/sensitivity.py` runs them). Sixteen rows of each of twelve
+tasks (of five for the size of the pool), in bfloat16: bars and brackets are 95 % intervals of a bootstrap over rows, paired
+where two points are compared; where fewer than 16 rows differ none is given, by the rule of [which_method.md](which_method.md).
+
+- **How many adapters.** Where the prompt's own adapter is in the pool, every further one at equal weights costs, a second one
+  most of all; the posterior's weights do not care how many are retrieved. Where it is not, more adapters help a little.
+- **Ranks.** LEGO gains from ranks up to about 16, with and without the own adapter. How many ranks act on a token decides nothing.
+- **Flat weights** (a high temperature) cost in-domain and nothing where the own adapter is hidden.
+- **A harmful adapter whose card claims every task.** Random values of tenfold size, retrieved for the card, take most of
+  what equal weights of three have, in-domain and masked; the posterior is not told apart in-domain, and masked loses as much as the others,
+  where that card fits best. Weighing the whole pool equally is hardly hurt: it is one of 22. One that was trained on responses of
+  other rows costs nothing in-domain; masked, `selection` and `mixture` lose to it.
+- **Seeds.** Nine of the 21 adapters trained again, each from a seed of its own, where the others share their A at step 0: no method
+  is told apart, those that add or cluster raw factors included.
+- **Unequal ranks.** The pool has ranks 4, 8 and 16. *The same, by SVD*: every update as it is, its singular directions as ranks;
+  *4 each*: the four largest of these alone. No method is told apart from itself on the pool as it is: what unequal ranks cost is
+  too little to be seen here, even where A and B are added as they stand (`fusion`).
 
 ![scores along each axis](sensitivity.svg)
 
@@ -44,19 +48,24 @@ once: with few ranks kept its updates were larger, and with many smaller, than t
 
 
 def table(curves: list[Curve]) -> str:
-    """One line a curve: its best and worst point, and the last against the first with the paired interval."""
-    lines = ["| study | protocol | method | best at | worst at | last point against the first |", "|---" * 6 + "|"]
+    """One line a curve: its best and worst point, and the last against the first with the paired interval.
+
+    Where the points have no order, each of the others is held against the first.
+    """
+    lines = ["| study | protocol | method | best at | worst at | against the first point |", "|---" * 6 + "|"]
     for curve in curves:
         found = list(zip(curve.points, curve.estimates(), strict=True))
         best, worst = max(found, key=lambda at: at[1].value), min(found, key=lambda at: at[1].value)
-        ends = curve.against(curve.points[-1], curve.points[0]).claimed
+        first, *others = curve.points
+        shown = others if any(isinstance(point, str) for point in others) else others[-1:]
+        gaps = (f"{point} − {first}: {interval(curve.against(point, first).claimed)}" for point in shown)
         cells = (
             study_of(curve.study).axis,
             curve.protocol,
             curve.label,
             f"{best[0]}: {interval(best[1])}",
             f"{worst[0]}: {interval(worst[1])}",
-            f"{curve.points[-1]} − {curve.points[0]}: {interval(ends)}",
+            "<br>".join(gaps),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

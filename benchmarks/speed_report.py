@@ -186,6 +186,28 @@ def stream() -> str:
     return "\n".join(lines)
 
 
+def serving() -> str:
+    """The same requests from one client and from many."""
+    result = results("serving")
+    lines = [
+        f"{result['requests']} requests of {result['tokens']} tokens at most, each with its own adapters; {conditions(result)} Medians of {result['rounds']} "
+        "rounds, quartiles in parentheses.",
+        "",
+        "| clients at once | requests a second | times one client | seconds of a request | equal answers |",
+        "|---|---|---|---|---|",
+    ]
+    for clients, part in result["clients"].items():
+        cells = (
+            clients,
+            f"{result['requests'] / part['seconds']['median']:.2f}",
+            ratio(part["throughput"]),
+            ratio(part["wait"]),
+            f"{part['equal_answers']} of {result['requests']}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def composing() -> str:
     """What composing costs."""
     result = results("composing")

@@ -159,6 +159,9 @@ def test_the_table_says_where_each_line_is_best_and_how_its_ends_differ():
     line = Curve("k", "masked", "lego", STUDIES[0].points, ("t",) * 16, tuple((x + 3.0,) * 16 for x in range(8)))
     row = made.table([line]).splitlines()[-1]
     assert "| 10: 10.0 [10.0, 10.0] | 1: 3.0 [3.0, 3.0] | 10 − 1: 7.0 [7.0, 7.0] |" in row
+    named = Curve("harm", "masked", "lego", ("none", "a", "b"), ("t",) * 16, ((3.0,) * 16, (1.0,) * 16, (4.0,) * 16))
+    row = made.table([named]).splitlines()[-1]
+    assert "| a − none: -2.0 [-2.0, -2.0]<br>b − none: 1.0 [1.0, 1.0] |" in row
 
 
 def test_a_pool_of_equal_ranks_keeps_the_largest_directions_and_the_cards(tmp_path):

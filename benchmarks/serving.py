@@ -4,8 +4,8 @@
     python benchmarks/speed_report.py
 
 INDEX is of the shipped pool; it is built if it is not there. Requests are examples of the pool's cards, each with its
-own adapters, over HTTP in this process. Both ways in every round, in turn; before anything is timed both must give the
-same texts.
+own adapters, over HTTP in this process. Every number of clients in every round, in turn. How many texts are those of
+one client is written down: a batch may round otherwise.
 """
 
 from __future__ import annotations
@@ -60,8 +60,11 @@ def ask(port: int, prompt: str, tokens: int) -> tuple[str, float]:
     connection = HTTPConnection("127.0.0.1", port)
     body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    found = json.loads(connection.getresponse().read())
+    response = connection.getresponse()
+    found = json.loads(response.read())
     connection.close()
+    if response.status != 200:
+        raise RuntimeError(f"status {response.status}: {found['error']['message']}")
     return found["choices"][0]["message"]["content"], time.perf_counter() - start
 
 
@@ -77,7 +80,7 @@ def measure(engine: Engine, clients: Sequence[int], requests: int, tokens: int, 
     """Requests a second, and seconds of one, for every number of clients; the first is what the others are held to."""
     assert engine.index is not None
     cards = engine.index.cards
-    prompts = [cards[i % len(cards)].examples[i // len(cards)] for i in range(requests)]
+    prompts = [card.examples[turn % len(card.examples)] for turn in range(requests) for card in cards][:requests]
     seconds: dict[int, list[float]] = {count: [] for count in clients}
     waits: dict[int, list[float]] = {count: [] for count in clients}
     batcher = Batcher(engine)

@@ -42,7 +42,9 @@ def answer(base: BaseModel, request: Request, settings: Mapping[str, Any]) -> li
     answers = output if base.model.config.is_encoder_decoder else output[:, encoded["input_ids"].shape[1] :]
     texts = [str(text) for text in base.tokenizer.batch_decode(answers, skip_special_tokens=True)]
     # An encoder-decoder's answers begin with the token that its decoder starts from.
-    made = count_new(answers[:, 1:] if base.model.config.is_encoder_decoder else answers, end_tokens(base, settings))
+    # A row that ended before others is filled up with the padding token.
+    over = end_tokens(base, settings) | {int(base.tokenizer.pad_token_id)}
+    made = count_new(answers[:, 1:] if base.model.config.is_encoder_decoder else answers, over)
     read = encoded["attention_mask"].sum(dim=1).tolist()
     each = len(texts) // len(request.prompts)
     rows = [slice(i * each, (i + 1) * each) for i in range(len(request.prompts))]
@@ -53,10 +55,9 @@ def answer(base: BaseModel, request: Request, settings: Mapping[str, Any]) -> li
 
 
 def end_tokens(base: BaseModel, settings: Mapping[str, Any]) -> frozenset[int]:
-    """The tokens that end an answer, and the one that fills up rows that ended before others."""
+    """The tokens that end an answer; none for a model that has none."""
     ends = asked("eos_token_id", settings, base.model.generation_config)
-    found = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
-    return frozenset({*found, int(base.tokenizer.pad_token_id)})
+    return frozenset([] if ends is None else torch.as_tensor(ends).flatten().tolist())
 
 
 def count_new(answers: Tensor, ends: frozenset[int]) -> list[int]:

@@ -37,6 +37,10 @@ class Bounded(Generic[Key, Value]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def takes(self, size: int) -> bool:
+        """Whether a value of `size` bytes has room at all."""
+        return size <= self._max_bytes
+
     def get(self, key: Key) -> Value | None:
         """The value of a key, which counts as a use; None if none is kept."""
         if key not in self._values:
@@ -46,7 +50,7 @@ class Bounded(Generic[Key, Value]):
 
     def put(self, key: Key, value: Value, size: int) -> None:
         """Keep a value of `size` bytes under a key that has none, unless it has no room at all."""
-        if size > self._max_bytes:
+        if not self.takes(size):
             return
         self._values[key] = value, size
         self.bytes += size

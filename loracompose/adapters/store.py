@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from loracompose.adapters.checkpoint import adapter_dtype, check_dtype, convert,
 from loracompose.adapters.folder import CONFIG, WEIGHTS
 from loracompose.adapters.layout import read_layout
 from loracompose.adapters.lora import Adapter
-from loracompose.adapters.transfer import Packed
+from loracompose.adapters.transfer import Packed, occupied
 
 Signature = tuple[tuple[int, int, int], ...]
 
@@ -103,6 +104,7 @@ class AdapterStore:
         self._known: dict[Path, _Known] = {}
         self._copies: Bounded[tuple[str, torch.device, torch.dtype], Adapter] = Bounded(max_bytes)
         self._host: Bounded[tuple[str, torch.dtype], Packed] = Bounded(host_bytes, "host_bytes")
+        self._streams: dict[torch.device, Any] = {}
         self._reads: dict[_Request, Future[Adapter]] = {}
         self._hits = self._misses = self._from_host = 0
 
@@ -198,7 +200,8 @@ class AdapterStore:
             if packed is not None:
                 self._from_host += 1
         if known is not None and packed is not None:
-            copy, bare, natural = packed.on(request.device), known.adapter, known.dtype
+            copy = packed.on(request.device, self._beside(request.device))
+            bare, natural = known.adapter, known.dtype
         else:
             copy, bare, natural = self._from_file(request, known)
         with self._lock:
@@ -218,12 +221,21 @@ class AdapterStore:
         identity = adapter.fingerprint if known is None else known.adapter.fingerprint
         adapter = replace(adapter, known_fingerprint=identity)
         bare, natural = replace(adapter, factors={}), adapter_dtype(layout)
-        if request.device.type == "cpu":
+        if request.device.type == "cpu" or not self._host.takes(occupied(adapter.nbytes)):
             return convert(adapter, request.device, request.dtype), bare, natural
         packed = Packed.of(convert(adapter, "cpu", request.dtype))
         with self._lock:
             self._hold((identity, request.dtype or natural), packed)
-        return packed.on(request.device), bare, natural
+        return packed.on(request.device, self._beside(request.device)), bare, natural
+
+    def _beside(self, device: torch.device) -> Any:
+        """The one stream that copies to a GPU; None for other devices."""
+        if device.type != "cuda":
+            return None
+        with self._lock:
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            return self._streams[device]
 
     def _trusted(self, request: _Request) -> _Known | None:
         known = self._known.get(request.folder)

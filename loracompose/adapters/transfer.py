@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,6 @@ class Packed:
     @classmethod
     def of(cls, adapter: Adapter) -> Packed:
         """Copy an adapter on the CPU."""
-        pin = torch.cuda.is_available()  # from other memory a GPU cannot copy while it computes
         ends: dict[torch.dtype, int] = {}
         parts: dict[torch.dtype, list[Tensor]] = {}
 
@@ -44,21 +44,24 @@ class Packed:
         places = {module: (place(own.A), place(own.B), own.kind) for module, own in adapter.factors.items()}
         buffers = {}
         for dtype, own in parts.items():
-            buffers[dtype] = torch.empty(ends[dtype], dtype=dtype, pin_memory=pin)
+            buffers[dtype] = torch.empty(ends[dtype], dtype=dtype, pin_memory=pins())
             torch.cat(own, out=buffers[dtype])
         return cls(replace(adapter, factors={}, known_fingerprint=adapter.fingerprint), buffers, places)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
+        """Bytes that all buffers occupy."""
+        return sum(occupied(buffer.nbytes) for buffer in self.buffers.values())
 
-    def on(self, device: torch.device) -> Adapter:
-        """The adapter on a device, its factors views of one tensor a dtype.
+    def on(self, device: torch.device, beside: Any = None) -> Adapter:
+        """The adapter on a device, its factors views of one tensor a dtype; the copy is complete on return.
 
-        To a GPU the copy runs on a stream of its own, beside what the GPU computes; it is complete on return.
+        Args:
+            device: where it goes.
+            beside: the CUDA stream that copies to a GPU, so that it runs beside what the GPU computes; always the same
+                for one device, for memory that was given out on it is given out again on it alone.
         """
-        there = self._sent(device)
+        there = self._sent(device, beside)
 
         def view(place: Place) -> Tensor:
             start, shape, dtype = place
@@ -67,13 +70,22 @@ class Packed:
         factors = {module: LoraFactors(view(A), view(B), kind) for module, (A, B, kind) in self.places.items()}
         return replace(self.bare, factors=factors)
 
-    def _sent(self, device: torch.device) -> dict[torch.dtype, Tensor]:
-        if device.type != "cuda":
+    def _sent(self, device: torch.device, beside: Any) -> dict[torch.dtype, Tensor]:
+        if beside is None:
             return {dtype: buffer.to(device) for dtype, buffer in self.buffers.items()}
-        beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(beside):
             sent = {dtype: buffer.to(device, non_blocking=True) for dtype, buffer in self.buffers.items()}
         beside.synchronize()
-        for buffer in sent.values():  # whose memory is not given out anew before that stream is done with it
+        for buffer in sent.values():  # whose memory is not given out anew before what computes is done with it
             buffer.record_stream(torch.cuda.current_stream(device))
         return sent
+
+
+def pins() -> bool:
+    """Whether memory of the host is pinned: from other memory a GPU cannot copy while it computes."""
+    return torch.cuda.is_available()
+
+
+def occupied(nbytes: int) -> int:
+    """Bytes of the host that a buffer takes: torch gives out pinned memory in powers of two."""
+    return 1 << (nbytes - 1).bit_length() if pins() and nbytes else nbytes

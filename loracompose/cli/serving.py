@@ -21,7 +21,9 @@ def serve(
     k: Annotated[int | None, typer.Option("-k", help="Adapters to retrieve for a prompt; 3 if not given.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
-    max_batch: Annotated[int, typer.Option(help="Requests that run together at most.")] = 16,
+    max_batch: Annotated[int, typer.Option(help="Answers that are generated together at most.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most, prompts and answers.")] = 32_768,
+    max_adapters: Annotated[int, typer.Option(help="Adapters of a request at most.")] = 16,
     window: Annotated[float, typer.Option(help="Milliseconds that an idle server waits for company.")] = 5.0,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused with status 503.")] = 1024,
     api_key: Annotated[
@@ -44,7 +46,9 @@ def serve(
     chosen = options.parse_composer(composer, settings, router)
     with Engine.from_pretrained(base, index=index, composer=chosen, k=k, device=device, dtype=dtype) as engine:
         engine.retrieve(["Hello!"])  # the encoder starts with its first text, not with the first client's
-        batcher = Batcher(engine, max_batch=max_batch, window=window / 1000, max_waiting=max_waiting)
-        app = create_app(engine, batcher, api_key=api_key)
+        batcher = Batcher(
+            engine, max_batch=max_batch, max_tokens=max_tokens, window=window / 1000, max_waiting=max_waiting
+        )
+        app = create_app(engine, batcher, api_key=api_key, max_adapters=max_adapters)
         tables.console().print(f"http://{host}:{port}/v1, {len(engine.index or ())} adapters; Ctrl+C ends it")
         uvicorn.run(app, host=host, port=port, log_level="warning")

@@ -3,63 +3,75 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
-from contextlib import asynccontextmanager, closing
-from dataclasses import asdict
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from transformers import StoppingCriteriaList
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
 
 from loracompose import __version__
-from loracompose.composers import COMPOSERS
 from loracompose.engine import Engine
-from loracompose.prompts import prompt_lengths
+from loracompose.fitness import composer_for_call
+from loracompose.membership import from_hand
+from loracompose.prompts import Prompt, has_chat_template, prompt_lengths
 from loracompose.retrieval.index import AdapterIndex
-from loracompose.running import end_tokens
-from loracompose.serving.batcher import Batcher, BusyError, Job, Together, decoding_of
+from loracompose.serving.batcher import Answer, Batcher, BusyError, Job, Together, most_positions
+from loracompose.serving.gate import Gate, body_of
 from loracompose.serving.messages import ChatRequest, RetrieveRequest
-from loracompose.serving.steps import RowLimits, cut, cut_pieces
-from loracompose.trace import Generation
+from loracompose.serving.rows import Written
 
 AUTO = "auto"
 SAID_ABOVE = ("prompt", "text", "texts", "prompt_tokens", "new_tokens")  # of a trace, elsewhere in a completion
+MOST_ADAPTERS = 16
+GONE = 499  # nginx's word for a client that left; nobody reads it
+# What an engine raises about a request; subclasses are of other things, such as a file that has changed.
+MISTAKES: Mapping[type[Exception], int] = {ValueError: 400, TypeError: 400, TemplateError: 400, LookupError: 404}
+
+Value = TypeVar("Value")
+log = logging.getLogger(__name__)
 
 
-class KeyRefusedError(Exception):
-    """A request without the key, or with a wrong one."""
+class RefusedError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-STATUS: Mapping[type[Exception], int] = {
-    ValueError: 400,
-    TypeError: 400,
-    LookupError: 404,
-    KeyRefusedError: 401,
-    BusyError: 503,
-}
-
-
-def create_app(engine: Engine, batcher: Batcher | None = None, *, api_key: str | None = None) -> FastAPI:
+def create_app(
+    engine: Engine,
+    batcher: Batcher | None = None,
+    *,
+    api_key: str | None = None,
+    max_adapters: int = MOST_ADAPTERS,
+) -> FastAPI:
     """The application; it opens the batcher when it starts and closes it when it ends, not the engine.
 
     Args:
         engine: with an index.
         batcher: of this engine; one with its defaults if None.
         api_key: what clients must send as a bearer token; None asks for nothing.
+        max_adapters: of a request, retrieved or by hand.
 
     Raises:
-        ValueError: the engine has no index.
+        ValueError: the engine has no index, a bound below 1, or a key that cannot be sent.
     """
     if engine.index is None:
         raise ValueError("a server finds adapters in an index: open the engine with index=...")
-    server = Server(engine, engine.index, batcher or Batcher(engine))
+    if max_adapters < 1:
+        raise ValueError(f"max_adapters must be at least 1, got {max_adapters}")
+    server = Server(engine, engine.index, batcher or Batcher(engine), max_adapters)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -67,212 +79,297 @@ def create_app(engine: Engine, batcher: Batcher | None = None, *, api_key: str |
             yield
 
     app = FastAPI(title="loracompose", version=__version__, lifespan=lifespan)
-
-    def check_key(request: Request) -> None:
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if api_key is not None and not hmac.compare_digest(sent, api_key.encode()):
-            raise KeyRefusedError("the API key is missing or wrong: send it as Authorization: Bearer KEY")
-
+    Gate(app, api_key)  # so that a key that cannot be sent is refused now
+    app.add_middleware(Gate, key=api_key)
     app.exception_handler(RequestValidationError)(refuse_fields)
-    for kind, status in STATUS.items():
-        app.exception_handler(kind)(failing_with(status))
-    locked = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
-    locked.get("/models")(server.models)
-    locked.post("/chat/completions", response_model=None)(server.chat)
-    locked.post("/retrieve")(server.retrieve)
-    app.include_router(locked)
+    app.exception_handler(HTTPException)(refuse_route)
+    app.exception_handler(RefusedError)(answer_refused)
     app.get("/health")(server.health)
+    app.get("/v1/models")(server.models)
+    app.get("/v1/models/{name}")(server.model)
+    app.post("/v1/chat/completions", response_model=None)(server.chat)
+    app.post("/v1/retrieve")(server.retrieve)
     return app
 
 
 class Server:
     """The handlers of one engine."""
 
-    def __init__(self, engine: Engine, index: AdapterIndex, batcher: Batcher) -> None:
+    def __init__(self, engine: Engine, index: AdapterIndex, batcher: Batcher, max_adapters: int) -> None:
         self.batcher = batcher
-        self._engine, self._index, self._began = engine, index, int(time.time())
+        self._engine, self._index, self._most = engine, index, max_adapters
+        self._positions, self._began = most_positions(engine), int(time.time())
 
-    async def health(self) -> dict[str, Any]:
+    def health(self) -> dict[str, Any]:
         """Whether the server runs, and what it has done."""
         return {"status": "ok", "adapters": len(self._index), **asdict(self.batcher.counts)}
 
-    async def models(self) -> dict[str, Any]:
+    def models(self) -> dict[str, Any]:
         """What a request may name: retrieval, the base, every adapter."""
-        base = self._engine.base.name
-        names = [(AUTO, None), (base, None), *((card.name, base) for card in self._index.cards)]
-        listed = [
-            {"id": name, "object": "model", "created": self._began, "owned_by": "loracompose", "parent": parent}
-            for name, parent in names
-        ]
-        return {"object": "list", "data": listed}
+        names = [AUTO, self._engine.base.name, *(card.name for card in self._index.cards)]
+        return {"object": "list", "data": [self._described(name) for name in names]}
 
-    async def retrieve(self, asked: RetrieveRequest) -> dict[str, Any]:
+    def model(self, name: str) -> dict[str, Any]:
+        """One of them."""
+        if name not in (AUTO, self._engine.base.name) and name not in self._index:
+            raise RefusedError(404, f"there is no model {name!r}; GET /v1/models lists what there is")
+        return self._described(name)
+
+    def retrieve(self, asked: RetrieveRequest) -> dict[str, Any]:
         """Which adapters prompts would get, with scores and weights."""
+        self._check_steering(asked.k, asked.exclude or ())
         exclude = [frozenset(asked.exclude)] * len(asked.prompts) if asked.exclude else None
-
-        def find() -> list[dict[str, Any]]:
-            found = self._engine.retrieve(asked.prompts, k=asked.k, exclude=exclude, where=asked.where or None)
-            return [
-                {
-                    "prompt": prompt,
-                    "adapters": [
-                        {"name": match.card.name, "score": match.score, "weight": match.weight}
-                        for match in found.for_prompt(i)
-                    ],
-                }
-                for i, prompt in enumerate(asked.prompts)
-            ]
-
-        return {"object": "list", "data": await run_in_threadpool(find)}
+        found = answered(
+            lambda: self._engine.retrieve(asked.prompts, k=asked.k, exclude=exclude, where=asked.where or None)
+        )
+        rows = [
+            {
+                "prompt": prompt,
+                "adapters": [
+                    {"name": match.card.name, "score": match.score, "weight": match.weight}
+                    for match in found.for_prompt(i)
+                ],
+            }
+            for i, prompt in enumerate(asked.prompts)
+        ]
+        return {"object": "list", "data": rows}
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """An answer, in one piece or as a stream."""
-        job, tokens = await run_in_threadpool(self._job, asked)
+        job = await run_in_threadpool(answered, lambda: self._job(asked))
         if asked.stream:
-            if asked.n > 1:
-                raise ValueError("a stream is one answer: leave n out")
-            limits = RowLimits([job.max_new_tokens])
-            pieces = await run_in_threadpool(self._pieces, job, limits)  # what is wrong is found before the status
-            events = iterate_in_threadpool(self._events(asked, job, limits, pieces))
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        found = asyncio.wrap_future(self.batcher.submit(job))
-        gone = asyncio.ensure_future(_left(request))
-        both: set[asyncio.Future[Any]] = {found, gone}
+            return await self._streamed(asked, job, request)
+        found = self._submit(job)
         try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not found.done():  # nobody waits for the answer
-                found.cancel()
-                return Response(status_code=499)
-            return JSONResponse(self._completion(asked, found.result(), tokens))
+            if not await _before_leaving(request, found):
+                return Response(status_code=GONE)
+            return JSONResponse(self._completion(asked, job, answered(found.result)))
         finally:
-            gone.cancel()
+            _leave(job, found)
 
-    def _job(self, asked: ChatRequest) -> tuple[Job, int]:
-        """The request as a job, and the tokens of its prompt.
+    async def _streamed(self, asked: ChatRequest, job: Job, request: Request) -> Response:
+        """Server-sent events; the status waits for the first piece, so that errors have one of their own."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+
+        def tell(piece: str) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server has ended, and others of the batch go on
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        job = replace(job, tell=tell)
+        found = self._submit(job)
+        found.add_done_callback(lambda _: pieces.put_nowait(None))
+        first = asyncio.ensure_future(pieces.get())
+        try:
+            if not await _before_leaving(request, first):
+                first.cancel()
+                _leave(job, found)
+                return Response(status_code=GONE)
+            if first.result() is None:
+                answered(found.result)
+        except BaseException:
+            _leave(job, found)
+            raise
+        events = self._events(asked, job, found, first.result(), pieces)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def _events(
+        self,
+        asked: ChatRequest,
+        job: Job,
+        found: asyncio.Future[Answer],
+        piece: str | None,
+        pieces: asyncio.Queue[str | None],
+    ) -> AsyncIterator[str]:
+        head = self._head(asked, "chat.completion.chunk")
+        try:
+            yield _event(head, {"role": "assistant", "content": ""})
+            while piece is not None:
+                yield _event(head, {"content": piece})
+                piece = await pieces.get()
+            answer = answered(found.result)
+            yield _event(head, {}, answer.rows[0].finish)
+            if asked.stream_options is not None and asked.stream_options.include_usage:
+                yield _said({**head, "choices": [], "usage": _usage(job, answer.rows)})
+            yield "data: [DONE]\n\n"
+        except RefusedError as error:  # the status is sent already: the stream itself has to say it
+            yield _said(body_of(error.status, str(error)))
+        finally:
+            _leave(job, found)
+
+    def _submit(self, job: Job) -> asyncio.Future[Answer]:
+        try:
+            return asyncio.wrap_future(self.batcher.submit(job))
+        except BusyError as error:
+            raise RefusedError(503, str(error)) from error
+
+    def _job(self, asked: ChatRequest) -> Job:
+        """The request as a job.
 
         Raises:
-            ValueError: the request contradicts itself, or is longer than the model can read.
+            ValueError: the request contradicts itself, or asks for more than there is.
             LookupError: a model, adapter or composer that there is not.
         """
-        messages = [message.plain() for message in asked.messages]
-        tokens = prompt_lengths(self._engine.base.tokenizer, [messages])[0]
-        longest = getattr(self._engine.base.model.config, "max_position_embeddings", None)
-        if longest is not None and tokens + asked.limit > longest:
+        prompt = self._prompt(asked)
+        tokens = prompt_lengths(self._engine.base.tokenizer, [prompt])[0]
+        if self._positions is not None and tokens + asked.limit > self._positions:
             raise ValueError(
-                f"the prompt has {tokens} tokens, the answer may have {asked.limit}, the model reads {longest} in all"
+                f"the prompt has {tokens} tokens, the answer may have {asked.limit}, "
+                f"the model reads {self._positions} in all"
             )
-        if asked.composer is not None and asked.composer not in COMPOSERS:
-            raise LookupError(f"there is no composer {asked.composer!r}; there are {', '.join(sorted(COMPOSERS))}")
+        composer_for_call(asked.composer, self._engine.composer, self._engine.base)
         adapters = self._adapters(asked)
         together = Together(
             by_hand=adapters is not None,
             composer=asked.composer,
             k=asked.k,
-            where=tuple(sorted(asked.where.items())),
-            decoding=asked.decoding(),
-            seed=asked.seed,
+            where=tuple(sorted((asked.where or {}).items())),
+            **self._sampling(asked),
         )
-        return Job(messages, asked.limit, together, adapters, frozenset(asked.exclude)), tokens
+        stops, exclude = tuple(asked.stop or ()), frozenset(asked.exclude or ())
+        return Job(prompt, asked.limit, together, adapters, exclude, stops, tokens)
+
+    def _prompt(self, asked: ChatRequest) -> Prompt:
+        messages = [message.plain() for message in asked.messages]
+        alone = len(messages) == 1 and messages[0]["role"] == "user"
+        return messages[0]["content"] if alone and not has_chat_template(self._engine.base.tokenizer) else messages
+
+    def _sampling(self, asked: ChatRequest) -> dict[str, Any]:
+        n = asked.n or 1
+        if not asked.temperature:
+            if asked.seed is not None or n > 1 or asked.top_p not in (None, 1.0):
+                raise ValueError("top_p, seed and n belong to sampling: give a temperature above 0")
+            return {}
+        if n > self.batcher.max_batch:
+            raise ValueError(f"n is {n}; this server generates {self.batcher.max_batch} answers at once")
+        if asked.stream and n > 1:
+            raise ValueError("a stream is one answer: leave n out")
+        top_p = 1.0 if asked.top_p is None else asked.top_p
+        return {"temperature": asked.temperature, "top_p": top_p, "n": n, "seed": asked.seed}
 
     def _adapters(self, asked: ChatRequest) -> dict[str, float] | None:
         """The set given by hand, by its names or by the name of a model; None to retrieve."""
-        weights = asked.weights()
-        if asked.model != AUTO:
+        weights, model = asked.weights(), AUTO if asked.model is None else asked.model
+        if model != AUTO:
             if weights is not None:
-                raise ValueError(f"adapters are given and so is the model {asked.model!r}: leave one of them out")
-            weights = {} if asked.model == self._engine.base.name else {asked.model: 1.0}
+                raise ValueError(f"adapters are given and so is the model {model!r}: leave one of them out")
+            weights = {} if model == self._engine.base.name else {model: 1.0}
+        if weights is None:
+            self._check_steering(asked.k, asked.exclude or ())
+            return None
+        if len(weights) > self._most:
+            raise ValueError(f"{len(weights)} adapters are given; this server composes {self._most} at most")
         # Names alone: what comes over the wire must not open folders.
-        if weights is not None and (unknown := sorted(name for name in weights if name not in self._index)):
-            what = "model" if asked.model != AUTO else "adapter"
+        if unknown := sorted(name for name in weights if name not in self._index):
+            what = "model" if model != AUTO else "adapter"
             raise LookupError(f"there is no {what} {', '.join(map(repr, unknown))}; GET /v1/models lists what there is")
-        if weights is not None and (asked.k or asked.exclude or asked.where):
+        if asked.k or asked.exclude or asked.where:
             raise ValueError("k, exclude and where steer retrieval: with adapters given by hand there is none")
+        from_hand([weights], 1)
         return weights
 
-    def _completion(self, asked: ChatRequest, found: Generation, prompt_tokens: int) -> dict[str, Any]:
-        texts = [cut(text, asked.stops) for text in found.texts]
+    def _check_steering(self, k: int | None, exclude: list[str] | tuple[()]) -> None:
+        if k is not None and k > self._most:
+            raise RefusedError(400, f"k is {k}; this server composes {self._most} adapters at most")
+        if unknown := sorted(name for name in exclude if name not in self._index):
+            raise RefusedError(404, f"exclude: there is no adapter {', '.join(map(repr, unknown))}")
+
+    def _completion(self, asked: ChatRequest, job: Job, found: Answer) -> dict[str, Any]:
         choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": text},
-                "finish_reason": "stop" if stopped or made < asked.limit else "length",
-            }
-            for i, ((text, stopped), made) in enumerate(zip(texts, found.new_tokens, strict=True))
+            {"index": i, "message": {"role": "assistant", "content": row.text}, "finish_reason": row.finish}
+            for i, row in enumerate(found.rows)
         ]
-        made = sum(found.new_tokens)
-        usage = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": made,
-            "total_tokens": prompt_tokens + made,
-        }
-        trace = {key: value for key, value in found.as_dict().items() if key not in SAID_ABOVE}
-        return {**self._head(asked, "chat.completion"), "choices": choices, "usage": usage, "loracompose": trace}
-
-    def _pieces(self, job: Job, limits: RowLimits) -> Generator[str]:
-        """The answer to one job piece by piece; the model runs when the first piece is asked for."""
-        together = job.together
-        given = decoding_of(together)
-        if not together.by_hand:
-            given |= {"k": together.k, "where": dict(together.where) or None, "exclude": job.exclude or None}
-        return self._engine.stream(
-            job.prompt,
-            max_new_tokens=job.max_new_tokens,
-            composer=together.composer,
-            adapters=dict(job.adapters or {}) if together.by_hand else None,
-            stopping_criteria=StoppingCriteriaList([limits]),
-            **given,
-        )
-
-    def _events(self, asked: ChatRequest, job: Job, limits: RowLimits, pieces: Generator[str]) -> Iterator[str]:
-        """Server-sent events of one answer; leaving early stops the model."""
-        head = self._head(asked, "chat.completion.chunk")
-        yield _event(head, {"role": "assistant", "content": ""})
-        try:
-            with closing(pieces):
-                for piece in cut_pieces(pieces, asked.stops):
-                    yield _event(head, {"content": piece})
-        except Exception as error:  # the status is sent already: the stream itself has to say it
-            yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'server_error'}})}\n\n"
-            return
-        ends = end_tokens(self._engine.base, dict(job.together.decoding))
-        ended = limits.made < job.max_new_tokens or not ends.isdisjoint(limits.last.tolist())
-        yield _event(head, {}, "stop" if ended else "length")
-        yield "data: [DONE]\n\n"
+        trace = {key: value for key, value in found.trace.as_dict().items() if key not in SAID_ABOVE}
+        head = self._head(asked, "chat.completion")
+        return {**head, "choices": choices, "usage": _usage(job, found.rows), "loracompose": trace}
 
     def _head(self, asked: ChatRequest, kind: str) -> dict[str, Any]:
-        return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": asked.model}
+        model = AUTO if asked.model is None else asked.model
+        return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+    def _described(self, name: str) -> dict[str, Any]:
+        parent = None if name in (AUTO, self._engine.base.name) else self._engine.base.name
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._began,
+            "owned_by": "loracompose",
+            "parent": parent,
+        }
 
 
-def failure(status: int, message: str) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    headers = {"Retry-After": "1"} if status == 503 else None
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+def answered(find: Callable[[], Value]) -> Value:
+    """What a call gives; what it raises about the request is refused with its message, all else is logged.
+
+    Raises:
+        RefusedError: with a status.
+    """
+    try:
+        return find()
+    except RefusedError:
+        raise
+    except BusyError as error:
+        raise RefusedError(503, str(error)) from error
+    except Exception as error:
+        for kind, status in MISTAKES.items():
+            if type(error) is kind or (kind is TemplateError and isinstance(error, kind)):
+                raise RefusedError(status, str(error)) from error
+        log.exception("a request failed")
+        raise RefusedError(500, "the server failed on this request; its log says why") from error
 
 
-def failing_with(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
-    """A handler that answers an exception with its message."""
-
-    async def handle(request: Request, error: Exception) -> Response:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        return failure(status, text)
-
-    return handle
+async def answer_refused(request: Request, error: Exception) -> Response:
+    """A refusal as OpenAI's clients read it."""
+    status = error.status if isinstance(error, RefusedError) else 500
+    return JSONResponse(body_of(status, str(error)), status, {"Retry-After": "1"} if status == 503 else None)
 
 
 async def refuse_fields(request: Request, error: Exception) -> Response:
     """Every field that does not fit, and why."""
     found = error.errors() if isinstance(error, RequestValidationError) else []
     lines = [f"{'.'.join(str(part) for part in each['loc'][1:]) or 'body'}: {each['msg']}" for each in found]
-    return failure(400, "; ".join(lines))
+    return JSONResponse(body_of(400, "; ".join(dict.fromkeys(lines))), 400)
+
+
+async def refuse_route(request: Request, error: Exception) -> Response:
+    """A path or a method that there is not."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    text = f"{request.method} {request.url.path}: {getattr(error, 'detail', 'failed')}"
+    return JSONResponse(body_of(status, text), status)
+
+
+async def _before_leaving(request: Request, found: asyncio.Future[Any]) -> bool:
+    """Wait for something; False if the client leaves first."""
+    gone = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait([found, gone], return_when=asyncio.FIRST_COMPLETED)
+        return found.done()
+    finally:
+        gone.cancel()
 
 
 async def _left(request: Request) -> None:
-    """Return when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
+def _leave(job: Job, found: asyncio.Future[Answer]) -> None:
+    """Nobody waits for a job any more; no effect on one that is answered."""
+    job.left.set()
+    found.cancel()
+
+
+def _usage(job: Job, rows: tuple[Written, ...]) -> dict[str, int]:
+    made = sum(row.tokens for row in rows)
+    return {
+        "prompt_tokens": job.prompt_tokens,
+        "completion_tokens": made,
+        "total_tokens": job.prompt_tokens + made,
+    }
+
+
 def _event(head: dict[str, Any], delta: dict[str, str], finish: str | None = None) -> str:
-    choice = {"index": 0, "delta": delta, "finish_reason": finish}
-    return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+    return _said({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+
+
+def _said(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"

@@ -1,53 +1,73 @@
-"""What clients send and are sent: OpenAI's chat completions, with fields for retrieval and composition."""
+"""What clients send: OpenAI's chat completions, with fields for retrieval and composition."""
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MOST_TOKENS = 64  # of an answer, if a request does not say
+COLDEST = 0.01  # a lower temperature than this divides logits until they are no numbers
+HEAVIEST = 100.0  # a weight by hand; beyond, updates drown the model, and far beyond they are no numbers
 
 Count = Annotated[int, Field(ge=1)]
 Scalar = str | int | float | bool
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Name = Annotated[str, Field(max_length=1024)]
+Weight = Annotated[float, Field(ge=-HEAVIEST, le=HEAVIEST)]
 
 
-class TextPart(BaseModel):
-    """A piece of a message."""
+def _cold(value: Any) -> Any:
+    if isinstance(value, float) and 0 < value < COLDEST:
+        raise ValueError(f"must be 0, which is greedy decoding, or at least {COLDEST}")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Strict(BaseModel):
+    """A field that is not listed is refused: it would have no effect."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(Strict):
+    """A piece of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
-    """One turn."""
+class ChatMessage(Strict):
+    """One turn; "developer" is OpenAI's newer word for "system"."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
     def plain(self) -> dict[str, str]:
         """The message as the engine takes it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class Retrieving(BaseModel):
+class StreamOptions(Strict):
+    """What a stream says beside the text."""
+
+    include_usage: bool | None = None
+
+
+class Retrieving(Strict):
     """What steers retrieval."""
 
-    model_config = ConfigDict(extra="forbid")
-
     k: Count | None = None
-    exclude: list[str] = []
-    where: dict[str, Scalar] = {}
+    exclude: Annotated[list[Name], Field(max_length=1024)] | None = None
+    where: Annotated[dict[str, Scalar], Field(max_length=16)] | None = None
 
 
 class ChatRequest(Retrieving):
-    """One request for an answer. A field that is not listed is refused: it would have no effect.
+    """One request for an answer. Null is the default of every field but the messages.
 
     Attributes:
         model: "auto" retrieves adapters; the name of an adapter runs that one alone, the base's name the base alone.
@@ -59,6 +79,8 @@ class ChatRequest(Retrieving):
         n: answers to draw.
         stop: texts that end an answer; they are left out of it.
         stream: send the answer piece by piece.
+        stream_options: `include_usage` counts tokens at its end.
+        frequency_penalty, presence_penalty, logprobs: taken where they say what is done anyway: nothing.
         user: taken and not used.
         adapters: a set by hand instead of retrieval, of names in the index: a list, at equal weights, or weights.
         composer: how to compose; the server's if not given.
@@ -67,44 +89,29 @@ class ChatRequest(Retrieving):
         where: metadata that an adapter must have to be retrieved.
     """
 
-    model: str = "auto"
-    messages: list[ChatMessage]
+    model: Name | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    temperature: float = Field(default=0.0, ge=0.0, le=10.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
-    n: Annotated[int, Field(ge=1, le=16)] = 1
-    stop: str | list[str] | None = None
-    stream: bool = False
+    temperature: Annotated[float, Field(ge=0.0, le=10.0), BeforeValidator(_cold)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    n: Count | None = None
+    stop: Annotated[list[Stop], Field(max_length=16), BeforeValidator(_listed)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    logprobs: Literal[False] | None = None
     user: str | None = None
-    adapters: list[str] | dict[str, float] | None = None
-    composer: str | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def _some_text(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if stop is not None and (not all(stop) or stop == ""):
-            raise ValueError("an empty text stops every answer before it begins")
-        return stop
-
-    @field_validator("adapters")
-    @classmethod
-    def _finite(cls, adapters: list[str] | dict[str, float] | None) -> list[str] | dict[str, float] | None:
-        if isinstance(adapters, dict) and not all(math.isfinite(weight) for weight in adapters.values()):
-            raise ValueError("weights must be finite")
-        return adapters
+    adapters: list[Name] | dict[Name, Weight] | None = None
+    composer: Name | None = None
 
     @property
     def limit(self) -> int:
         """The longest answer in tokens."""
         given = [value for value in (self.max_tokens, self.max_completion_tokens) if value is not None]
         return min(given, default=MOST_TOKENS)
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer."""
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def weights(self) -> dict[str, float] | None:
         """The set given by hand; None if adapters are retrieved."""
@@ -115,25 +122,8 @@ class ChatRequest(Retrieving):
             totals[name] = totals.get(name, 0.0) + 1 / len(self.adapters)
         return totals
 
-    def decoding(self) -> tuple[tuple[str, Any], ...]:
-        """Arguments of the model's `generate`.
-
-        Raises:
-            ValueError: a setting of sampling without sampling, or several answers that would be equal.
-        """
-        given: list[tuple[str, Any]] = []
-        if self.temperature > 0:
-            given += [("do_sample", True), ("temperature", self.temperature), ("top_p", self.top_p), ("top_k", 0)]
-        elif self.top_p < 1 or self.seed is not None or self.n > 1:
-            raise ValueError("top_p, seed and n belong to sampling: give a temperature above 0")
-        if self.n > 1:
-            given.append(("num_return_sequences", self.n))
-        if self.stops:
-            given.append(("stop_strings", self.stops))
-        return tuple(given)
-
 
 class RetrieveRequest(Retrieving):
-    """Which adapters a prompt would get."""
+    """Which adapters prompts would get."""
 
     prompts: Annotated[list[str], Field(min_length=1, max_length=1024)]

@@ -13,7 +13,7 @@ import uvicorn
 import loracompose.serving.batcher as batcher_module
 from loracompose.engine import Engine
 from loracompose.serving.app import create_app
-from loracompose.serving.batcher import Batcher, answer
+from loracompose.serving.batcher import Batcher, generate
 from tests.serving.material import chatty_engine, chunks, client_of, said
 
 PATIENCE = 20.0  # seconds until what never comes fails a test
@@ -159,24 +159,104 @@ def test_parts_of_a_message_are_one_text(client):
 
 
 def test_what_cannot_be_answered_is_refused_with_the_reason(client, engine):
-    assert "frequency_penalty: Extra inputs are not permitted" in refused(client, 400, frequency_penalty=1)
+    assert "logit_bias: Extra inputs are not permitted" in refused(client, 400, logit_bias={})
+    assert "frequency_penalty: Input should be 0" in refused(client, 400, frequency_penalty=1)
     assert "there is no model 'gpt-4'; GET /v1/models" in refused(client, 404, model="gpt-4")
     assert "there is no adapter 'nobody'" in refused(client, 404, adapters=["sql", "nobody"])
-    assert "there is no composer 'magic'; there are" in refused(client, 404, composer="magic")
+    assert "exclude: there is no adapter 'nobody'" in refused(client, 404, exclude=["sql", "nobody"])
+    assert "magic" in refused(client, 404, composer="magic")
+    assert "router" in refused(client, 400, composer="mole")
     assert "adapters are given and so is the model 'sql'" in refused(client, 400, adapters=["mood"], model="sql")
     assert "k, exclude and where steer retrieval" in refused(client, 400, adapters=["mood"], k=2)
     assert "top_p, seed and n belong to sampling" in refused(client, 400, seed=1)
     assert "a stream is one answer" in refused(client, 400, n=2, temperature=1, stream=True)
-    assert "weights must be finite" in refused(client, 400, adapters={"sql": "inf"})
+    assert "n is 17; this server generates 16 answers at once" in refused(client, 400, n=17, temperature=1)
+    assert "k is 17; this server composes 16 adapters at most" in refused(client, 400, k=17)
+    assert "must be 0, which is greedy decoding, or at least" in refused(client, 400, temperature=1e-9)
+    assert "adapters.dict" in refused(client, 400, adapters={"sql": 1e9})
+    assert "adapters" in refused(client, 400, adapters={"sql": "nan"})
     assert "max_tokens: Input should be greater than or equal to 1" in refused(client, 400, max_tokens=0)
-    assert "stop: Value error, an empty text" in refused(client, 400, stop="")
-    assert "must begin (after any system turn) and end with the user" in refused(client, 400, messages=[])
+    assert "stop.0: String should have at least 1 character" in refused(client, 400, stop="")
+    assert "messages: List should have at least 1 item" in refused(client, 400, messages=[])
+    assert "and end with the user" in refused(client, 400, messages=[{"role": "assistant", "content": "x"}])
     longest = engine.base.model.config.max_position_embeddings
-    assert f"and the model reads {longest}" in refused(client, 400, max_tokens=longest).replace(
-        "the model", "and the model"
-    )
+    assert f"the model reads {longest} in all" in refused(client, 400, max_tokens=longest)
     assert client.post(CHAT, content=b"{").status_code == 400
-    assert client.get("/v1/models").status_code == 200  # it goes on
+    for found in (client.get("/v1/nothing"), client.get("/v1/models/nobody")):
+        assert found.status_code == 404
+        assert found.json()["error"]["type"] == "invalid_request_error"
+    assert client.get("/v1/models/sql").json()["parent"] == engine.base.name  # it goes on
+
+
+def test_null_is_the_default_and_what_changes_nothing_is_taken(client):
+    fields = ("model", "temperature", "top_p", "n", "stop", "stream", "seed", "adapters", "k", "exclude", "where")
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "user": "somebody"}
+    assert ask(client, **dict.fromkeys(fields), **neutral)["choices"] == ask(client)["choices"]
+
+
+def test_what_fails_inside_is_logged_and_not_told(engine, monkeypatch, caplog):
+    def breaks(engine, jobs, rows):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(batcher_module, "generate", breaks)
+    with client_of(engine) as client:
+        for stream in (False, True):
+            said_500 = refused(client, 500, stream=stream)
+            assert said_500 == "the server failed on this request; its log says why"
+        assert client.get("/health").json()["failed"] == 2
+    assert "KeyError: 'a bug'" in caplog.text
+
+
+def test_a_seed_decides_nothing_for_others(client):
+    later = []
+    for _ in range(3):
+        ask(client, temperature=1.0, seed=3)
+        later.append(ask(client, temperature=1.0, max_tokens=12)["choices"][0]["message"]["content"])
+    assert len(set(later)) > 1
+
+
+def test_a_stream_may_count_its_tokens(client):
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    sent = client.post(CHAT, json={"messages": said(TEXTS[0]), "max_tokens": 6, **options})
+    *_, last, done = chunks(sent.text)
+    assert done == "[DONE]"
+    assert last["choices"] == []
+    assert last["usage"] == ask(client)["usage"]
+
+
+def test_streams_share_a_batch_with_others(engine):
+    with client_of(engine, window=0.2) as client:
+        found: dict[str, str] = {}
+
+        def send(text, stream):
+            sent = client.post(CHAT, json={"messages": said(text), "max_tokens": 6, "stream": stream})
+            found[text] = (
+                "".join(event["choices"][0]["delta"].get("content", "") for event in chunks(sent.text)[:-1])
+                if stream
+                else sent.json()["choices"][0]["message"]["content"]
+            )
+
+        threads = [threading.Thread(target=send, args=(text, i % 2 == 0)) for i, text in enumerate(TEXTS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert client.get("/health").json()["batches"] == 1
+    alone = engine.generate([said(text) for text in TEXTS], batch_size=1, max_new_tokens=6)
+    assert found == {text: own.text for text, own in zip(TEXTS, alone, strict=True)}
+
+
+def test_a_body_that_is_too_long_is_not_read(engine):
+    body = json.dumps({"messages": said(TEXTS[0]), "user": "x" * 2**20}).encode()
+    with client_of(engine) as client:
+        kind = {"Content-Type": "application/json"}
+        sent = client.post(CHAT, content=body, headers=kind)
+        assert (sent.status_code, sent.json()["error"]["message"]) == (413, "a request may have 1048576 bytes")
+        in_parts = client.post(
+            CHAT, content=iter([body[: 2**19], body[2**19 :]]), headers=kind
+        )  # its length is not said
+        assert in_parts.status_code == 400
+        assert client.get("/health").json()["answered"] == 0
 
 
 @pytest.mark.parametrize("name", ["../pool/sql", "/etc", "./sql"])
@@ -192,18 +272,23 @@ def test_a_key_opens_everything_but_the_state(engine):
             found = client.get("/v1/models", headers=sent)
             assert found.status_code == 401
             assert "the API key is missing or wrong" in found.json()["error"]["message"]
+        assert client.get("/docs").status_code == 401
+        assert client.post(CHAT, content=b"{").status_code == 401  # before it is read
         assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    for key in ("", "schlüssel"):
+        with pytest.raises(ValueError, match="printable ASCII"):
+            create_app(engine, api_key=key)
 
 
 def test_over_a_socket_a_stream_comes_in_pieces_and_who_leaves_is_not_answered(engine, monkeypatch):
     go, began = threading.Event(), threading.Event()
 
-    def slow(engine, jobs):
+    def slow(engine, jobs, rows):
         began.set()
         assert go.wait(PATIENCE)
-        return answer(engine, jobs)
+        return generate(engine, jobs, rows)
 
-    monkeypatch.setattr(batcher_module, "answer", slow)
+    monkeypatch.setattr(batcher_module, "generate", slow)
     batcher = Batcher(engine, window=0)
     server = uvicorn.Server(uvicorn.Config(create_app(engine, batcher), port=0, log_level="warning"))
     serving = threading.Thread(target=server.run)

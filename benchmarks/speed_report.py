@@ -263,6 +263,10 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/speed.md": {
         "ways": ways,
         "bfloat16": partial(ways, "speed_bfloat16"),
+        "cases": partial(cases, "decode"),
+        "prompts": partial(cases, "first_token"),
+        "cases_bfloat16": partial(cases, "decode", "speed_bfloat16"),
+        "prompts_bfloat16": partial(cases, "first_token", "speed_bfloat16"),
         "profile": profile,
         "answers": answers,
         "answers_bfloat16": partial(answers, "answers_bfloat16"),

@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from loracompose.adapters.folder import sync
+from loracompose.retrieval.catalog import Catalog
 from loracompose.retrieval.copies import COPIES, foreign_copies
 from loracompose.retrieval.locking import locked
 
@@ -148,7 +149,19 @@ def _foreign(home: Path) -> list[str]:
     """Entries of an index folder that no index writes, relative to it."""
     others = [path for path in home.iterdir() if path.is_dir() or not any(fnmatch(path.name, own) for own in _OWN)]
     copies = home / COPIES
-    if copies in others and not copies.is_symlink():
+    if copies in others and not copies.is_symlink() and _may_hold_copies(home):
         others.remove(copies)
         others += foreign_copies(copies)
     return sorted(path.relative_to(home).as_posix() for path in others)
+
+
+def _may_hold_copies(home: Path) -> bool:
+    """Whether the index makes copies, or nobody can say because its catalog cannot be read."""
+    try:
+        catalog = Catalog.open(home / CATALOG_FILE)
+    except ValueError:
+        return True
+    try:
+        return catalog.settings.copies
+    finally:
+        catalog.close()

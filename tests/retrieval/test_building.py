@@ -133,6 +133,15 @@ def test_an_index_folder_with_anything_else_in_it_is_never_replaced(pool, tmp_pa
         assert len(index) == 4
 
 
+def test_what_is_named_as_a_copy_in_an_index_that_makes_none_is_the_users(pool, tmp_path, embedder):
+    home = tmp_path / "index"
+    AdapterIndex.build(pool, home, embedder=embedder).close()
+    mine = make_adapter(home / "adapters" / "0123456789ab" / "poem", ["write a poem"])
+    with pytest.raises(FileExistsError, match="did not write: adapters; move"):
+        AdapterIndex.build(pool, home, embedder=embedder, overwrite=True)
+    assert (mine / "adapter_model.safetensors").is_file()
+
+
 def test_an_index_of_copies_that_was_changed_and_is_open_is_replaced_when_asked(pool, tmp_path, embedder):
     with AdapterIndex.build(pool, tmp_path / "index", embedder=embedder, copy=True) as index:
         (pool / "sql" / "LICENSE").write_text("mit")

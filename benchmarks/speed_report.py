@@ -273,6 +273,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "composing": composing,
         "stream": stream,
     },
+    "docs/serving.md": {"serving": serving},
     "README.md": {"speed": summary},
 }
 

@@ -25,7 +25,7 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
     several = len(result["cases"]) > 1
 
     def paint(figure: Any) -> None:
-        axes = figure.subplots(1, 2, width_ratios=(1.5, 1)) if several else [figure.subplots()]
+        axes = figure.subplots(1, 2, width_ratios=(1.3, 1)) if several else [figure.subplots()]
         name, first = next(iter(result["cases"].items()))
         _ways(axes[0], name, first)
         if several:
@@ -185,8 +185,8 @@ def _cases(axes: Any, cases: Mapping[str, Any]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"], minor=False)
+    axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"], minor=False)
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("a decoding step over that of the base model")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set_xlabel("decoding step / base")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.15, 1.0))

@@ -40,9 +40,9 @@ def answer(base: BaseModel, request: Request, settings: Mapping[str, Any]) -> li
         output = base.model.generate(**encoded, **settings)
         request.timings["generate"] = time.perf_counter() - start
     answers = output if base.model.config.is_encoder_decoder else output[:, encoded["input_ids"].shape[1] :]
-    texts = [str(text) for text in base.tokenizer.batch_decode(answers, skip_special_tokens=True)]
-    # An encoder-decoder's answers begin with the token that its decoder starts from.
-    # A row that ended before others is filled up with the padding token.
+    texts = _decode(base, answers)
+    # An encoder-decoder's answers begin with the token that its decoder starts from, and a row that ended before others
+    # is filled up with the padding token.
     over = end_tokens(base, settings) | {int(base.tokenizer.pad_token_id)}
     made = count_new(answers[:, 1:] if base.model.config.is_encoder_decoder else answers, over)
     read = encoded["attention_mask"].sum(dim=1).tolist()
@@ -64,3 +64,7 @@ def count_new(answers: Tensor, ends: frozenset[int]) -> list[int]:
     """Tokens of each row of answers, (rows, seq), before the first that ends it."""
     over = torch.isin(answers, torch.tensor(sorted(ends), device=answers.device))
     return [int(count) for count in (over.cumsum(dim=1) == 0).sum(dim=1)]
+
+
+def _decode(base: BaseModel, answers: Tensor) -> list[str]:
+    return [str(text) for text in base.tokenizer.batch_decode(answers, skip_special_tokens=True)]

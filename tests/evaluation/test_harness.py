@@ -322,9 +322,9 @@ def test_rows_of_different_budgets_share_a_batch(engine, tmp_path, monkeypatch):
     widths = []
     decode = running._decode
 
-    def noted(base, output, prompt_length):
-        widths.extend((row != 0).sum().item() for row in output[:, prompt_length:])
-        return decode(base, output, prompt_length)
+    def noted(base, answers):
+        widths.extend((row != 0).sum().item() for row in answers)
+        return decode(base, answers)
 
     monkeypatch.setattr(running, "_decode", noted)
     monkeypatch.setattr(harness, "token_budgets", lambda *_: {"french": 2, "mood": 4, "sql": 3, "sums": 1})

@@ -174,7 +174,7 @@ def _cases(axes: Any, cases: Mapping[str, Any]) -> None:
     shown = (
         ("loracompose", "loracompose, k adapters a row", OURS, "o"),
         ("PEFT adapter_names, one adapter a row", "PEFT adapter_names, one adapter a row", "#E69F00", "s"),
-        (cat, "PEFT cat, then adapter_names", "#009E73", "^"),
+        (cat, "PEFT merged by cat", "#009E73", "^"),
         ("LoraRetriever's einsum, mixture", "LoraRetriever's einsum", "#CC79A7", "D"),
     )
     for way, label, colour, marker in shown:

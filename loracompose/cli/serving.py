@@ -11,6 +11,8 @@ from loracompose.cli import options, tables
 from loracompose.cli.options import DEFAULT_BASE
 from loracompose.cli.quiet import quiet_loading
 
+GRACE = 30  # seconds that running requests have when the server is told to end
+
 
 def serve(
     index: Annotated[Path, typer.Option("--index", "-i", help="Folder of an index.")],
@@ -51,4 +53,5 @@ def serve(
         )
         app = create_app(engine, batcher, api_key=api_key, max_adapters=max_adapters)
         tables.console().print(f"http://{host}:{port}/v1, {len(engine.index or ())} adapters; Ctrl+C ends it")
-        uvicorn.run(app, host=host, port=port, log_level="warning")
+        with batcher:  # so that it has ended before the engine is closed, however the server ends
+            uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=GRACE)

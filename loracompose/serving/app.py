@@ -86,7 +86,7 @@ def create_app(
     app.exception_handler(RefusedError)(answer_refused)
     app.get("/health")(server.health)
     app.get("/v1/models")(server.models)
-    app.get("/v1/models/{name}")(server.model)
+    app.get("/v1/models/{name:path}")(server.model)
     app.post("/v1/chat/completions", response_model=None)(server.chat)
     app.post("/v1/retrieve")(server.retrieve)
     return app
@@ -342,7 +342,7 @@ async def _before_leaving(request: Request, found: asyncio.Future[Any]) -> bool:
     gone = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait([found, gone], return_when=asyncio.FIRST_COMPLETED)
-        return found.done()
+        return found.done() and not gone.done()
     finally:
         gone.cancel()
 

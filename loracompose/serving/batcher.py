@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from traceback import clear_frames
 from typing import Any
 
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -171,9 +172,11 @@ class Batcher:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Batcher:
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
-        self._thread.start()
+        """Begin; nothing happens to one that has begun, which its first exit closes."""
+        if self._closed:
+            self._closed = False
+            self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -274,14 +277,20 @@ class Batcher:
         rows = [self._rows(job) for job, _ in live]
         try:
             traces = generate(self._engine, [job for job, _ in live], [row for own in rows for row in own])
-        except Exception as error:
-            self._fail(live, rows, error)
+            answers = [
+                Answer(trace, tuple(row.written() for row in own)) for trace, own in zip(traces, rows, strict=True)
+            ]
+        except BaseException as error:  # a panic of the tokenizer is no Exception, and nobody waits in this thread
+            clear_frames(error.__traceback__)  # which hold the memory that the others are run again in
+            failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
+        else:
+            with self._changed:
+                self._batches += 1
+                self._answered += len(live)
+            for (_, future), found in zip(live, answers, strict=True):
+                future.set_result(found)
             return
-        with self._changed:
-            self._batches += 1
-            self._answered += len(live)
-        for (_, future), trace, own in zip(live, traces, rows, strict=True):
-            future.set_result(Answer(trace, tuple(row.written() for row in own)))
+        self._fail(live, rows, failure)
 
     def _rows(self, job: Job) -> list[Row]:
         tokenizer = self._engine.base.tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from concurrent.futures import CancelledError
 
 import pytest
@@ -195,6 +196,59 @@ def test_of_a_batch_that_fails_who_was_told_of_an_answer_is_not_answered_twice(e
     assert ran == [2, 1]
     (alone,) = engine.generate([PROMPTS[1]], max_new_tokens=3)
     assert "".join(told) == alone.text
+
+
+class Panic(BaseException):
+    """As a tokenizer's own code raises it."""
+
+
+@pytest.mark.parametrize("place", ["generate", "written"])
+def test_whatever_is_raised_reaches_its_job_and_the_next_is_answered(engine, monkeypatch, place):
+    where, right, calls = (module, module.generate, []) if place == "generate" else (Row, Row.written, [])
+
+    def breaks_once(*given):
+        calls.append(place)
+        if len(calls) == 1:
+            raise Panic("out of range")
+        return right(*given)
+
+    monkeypatch.setattr(where, place, breaks_once)
+    with Batcher(engine, window=0) as batcher:
+        with pytest.raises(RuntimeError, match="out of range"):
+            batcher.submit(Job(PROMPTS[0], 2)).result(PATIENCE)
+        assert batcher.submit(Job(PROMPTS[1], 2)).result(PATIENCE).rows[0].tokens == 2
+        assert (batcher.counts.answered, batcher.counts.failed) == (1, 1)
+
+
+def test_the_memory_of_a_batch_that_failed_is_free_when_it_is_run_again(engine, monkeypatch):
+    held, right = [], module.generate
+
+    class Large:
+        pass
+
+    def fills_up(engine, jobs, rows):
+        large = Large()
+        alive = sum(each() is not None for each in held)
+        held.append(weakref.ref(large))
+        if len(jobs) > 1:
+            raise MemoryError
+        assert alive == 0
+        return right(engine, jobs, rows)
+
+    monkeypatch.setattr(module, "generate", fills_up)
+    with Batcher(engine, window=0.2) as batcher:
+        futures = [batcher.submit(Job(prompt, 2)) for prompt in PROMPTS]
+        assert [future.result(PATIENCE).rows[0].tokens for future in futures] == [2] * 4
+    assert len(held) == 7
+
+
+def test_a_batcher_that_has_begun_begins_once(engine):
+    with Batcher(engine, window=0) as batcher:
+        before = threading.active_count()
+        with batcher:
+            assert threading.active_count() == before
+        with pytest.raises(BusyError, match="shutting down"):
+            batcher.submit(Job(PROMPTS[0], 2))
 
 
 def test_who_leaves_ends_a_row_and_not_the_batch(engine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 from http.client import HTTPConnection
 
 import pytest
@@ -186,6 +187,14 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(client, engine):
         assert found.status_code == 404
         assert found.json()["error"]["type"] == "invalid_request_error"
     assert client.get("/v1/models/sql").json()["parent"] == engine.base.name  # it goes on
+
+
+def test_a_base_with_a_slash_in_its_name_is_a_model(engine):
+    named = replace(engine, base=replace(engine.base, name="org/base"))
+    with client_of(named) as client:
+        for path in ("org/base", "org%2Fbase"):
+            assert client.get(f"/v1/models/{path}").json()["id"] == "org/base"
+        assert ask(client, model="org/base")["loracompose"]["adapters"] == []
 
 
 def test_null_is_the_default_and_what_changes_nothing_is_taken(client):

@@ -9,21 +9,20 @@ Every method once a round, in turn; ratios are taken within a round.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loracompose import AdapterIndex, Engine
+from loracompose import Engine
+from loracompose.benchmarks.shipped import engine_over, options
 from loracompose.benchmarks.speed.measure import machine
 from loracompose.benchmarks.speed.rounds import compared, summary
+from loracompose.benchmarks.written import write_result
 from loracompose.composers import Composer, get_composer
 from loracompose.composers.mixture import Mixture
 from loracompose.composition.router import load_router
-from loracompose.durable import write_whole
 from loracompose.models import DEFAULT_BASE
 
 ROOT = Path(__file__).parent.parent
@@ -59,16 +58,9 @@ def measure(engine: Engine, tokens: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "router_cost.json")
-    parser.add_argument("--index", type=Path, required=True, help="of the shipped pool; built if it is not there")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="float32")
+    parser = options(__doc__, ROOT / "benchmarks" / "results" / "router_cost.json")
     given = parser.parse_args()
-    if not given.index.exists():
-        AdapterIndex.build(ROOT / "index" / "pool", given.index).close()
-    with Engine.from_pretrained(index=given.index, device="cpu", dtype=given.dtype) as engine:
+    with engine_over(ROOT / "index" / "pool", given.index, given.dtype) as engine:
         result = {
             "model": DEFAULT_BASE,
             "dtype": given.dtype,
@@ -79,8 +71,7 @@ def main() -> None:
             "rounds": given.rounds,
             "methods": measure(engine, given.tokens, given.rounds),
         }
-    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))
-    write_whole(given.output, json.dumps(rounded, indent=1) + "\n")
+    write_result(result, given.output)
 
 
 if __name__ == "__main__":

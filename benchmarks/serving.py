@@ -10,7 +10,6 @@ one client is written down: a batch may round otherwise.
 
 from __future__ import annotations
 
-import argparse
 import json
 import threading
 import time
@@ -24,10 +23,11 @@ from typing import Any
 import torch
 import uvicorn
 
-from loracompose import AdapterIndex, Engine
+from loracompose import Engine
+from loracompose.benchmarks.shipped import engine_over, options
 from loracompose.benchmarks.speed.measure import machine
 from loracompose.benchmarks.speed.rounds import compared, summary
-from loracompose.durable import write_whole
+from loracompose.benchmarks.written import write_result
 from loracompose.models import DEFAULT_BASE
 from loracompose.serving.app import create_app
 from loracompose.serving.batcher import Batcher
@@ -107,18 +107,11 @@ def measure(engine: Engine, clients: Sequence[int], requests: int, tokens: int, 
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "serving.json")
-    parser.add_argument("--index", type=Path, required=True)
+    parser = options(__doc__, ROOT / "benchmarks" / "results" / "serving.json")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="float32")
     given = parser.parse_args()
-    if not given.index.exists():
-        AdapterIndex.build(ROOT / "index" / "pool", given.index).close()
-    with Engine.from_pretrained(index=given.index, device="cpu", dtype=given.dtype) as engine:
+    with engine_over(ROOT / "index" / "pool", given.index, given.dtype) as engine:
         result = {
             "question": "what batches are worth to a server",
             "model": DEFAULT_BASE,
@@ -129,8 +122,7 @@ def main() -> None:
             "rounds": given.rounds,
             "clients": measure(engine, given.clients, given.requests, given.tokens, given.rounds),
         }
-    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))
-    write_whole(given.output, json.dumps(rounded, indent=1) + "\n")
+    write_result(result, given.output)
 
 
 if __name__ == "__main__":

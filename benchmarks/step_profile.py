@@ -11,7 +11,6 @@ ones down. What is left is Python, and waiting for threads.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from loracompose.benchmarks.speed.case import Case, make_adapters
 from loracompose.benchmarks.speed.measure import machine, token_ids
 from loracompose.benchmarks.speed.ways import Base, Ours, Step, Way, on_model
+from loracompose.benchmarks.written import write_result
 from loracompose.composers.mixture import Mixture
-from loracompose.durable import write_whole
 from loracompose.models import DEFAULT_BASE, BaseModel, load_base
 from loracompose.runtime.machine import calibrate
 from loracompose.runtime.plan import floor_seconds
@@ -132,8 +131,7 @@ def main() -> None:
     result["dtypes"] = {
         dtype: measure(load_base(DEFAULT_BASE, device="cpu", dtype=dtype), given.rounds) for dtype in given.dtype
     }
-    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))
-    write_whole(given.output, json.dumps(rounded, indent=1) + "\n")
+    write_result(result, given.output)
 
 
 if __name__ == "__main__":

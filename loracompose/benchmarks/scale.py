@@ -20,6 +20,7 @@ from typing import Any
 from loracompose.adapters.folder import write_json
 from loracompose.benchmarks.scale_pool import Plan, build_pool, embed_profiles
 from loracompose.benchmarks.scale_search import search_pool
+from loracompose.benchmarks.written import significant
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 
@@ -71,7 +72,7 @@ def result_of(pools: Sequence[Mapping[str, Any]], before: Path | None = None) ->
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread",
         "encoder": "left out: embeddings are synthetic",
         "times": "by the clock; cpu: of the process or thread alone, which differs where others use the machine",
-        "pools": [_rounded(found[size]) for size in sorted(found)],
+        "pools": [significant(found[size]) for size in sorted(found)],
     }
 
 
@@ -94,9 +95,3 @@ def _one_thread() -> None:
 
     faiss.omp_set_num_threads(1)
     torch.set_num_threads(1)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -11,9 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from loracompose.benchmarks.written import significant, write_result
 from loracompose.cli import options, tables
 from loracompose.cli.quiet import quiet_loading
-from loracompose.durable import write_whole
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")]
 Rounds = Annotated[int, typer.Option(help="Measurements of each way.")]
@@ -192,15 +192,6 @@ def stream_table(result: Mapping[str, Any]) -> Table:
     return tables.table(f"{result['stream']['prompts']:,} prompts", columns, rows, right=range(8))
 
 
-def significant(value: object, digits: int = 4) -> object:
-    """The same JSON with numbers of so many significant digits."""
-    if isinstance(value, Mapping):
-        return {key: significant(item, digits) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [significant(item, digits) for item in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
-
-
 def _ratio(part: Mapping[str, float]) -> str:
     return f"{part['median']:.2f} [dim]({part['low']:.2f} to {part['high']:.2f})[/]"
 
@@ -221,5 +212,4 @@ def _deliver(result: Mapping[str, Any], output: Path | None, as_json: bool, made
 
 def _write(result: Mapping[str, Any], output: Path | None) -> None:
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, json.dumps(significant(result), indent=1) + "\n")
+        write_result(result, output)

@@ -20,7 +20,7 @@ from loracompose.runtime.machine import calibrate, known_machine, save_machine
 State = Literal["ok", "warning", "problem"]
 PACKAGES = ("torch", "transformers", "peft", "sentence-transformers", "faiss-cpu", "safetensors", "numpy")
 REBUILD = "rebuild it: loracompose index build ADAPTERS INDEX --overwrite"
-CALIBRATE = "measure it in two seconds: loracompose doctor --calibrate"
+CALIBRATE = "measure it in a few seconds: loracompose doctor --calibrate"
 OPTIONAL = {"gguf": "gguf", "nevergrad": "lorahub"}  # package -> extra that brings it
 
 
@@ -36,7 +36,13 @@ class Finding:
 
 def diagnose(base: str = DEFAULT_BASE, index: Path | None = None) -> list[Finding]:
     """Look at versions, device, base model, encoder and, if one is given, an index."""
-    findings = [*packages(), machine(), speed(), model("base model", base), model("encoder", DEFAULT_ENCODER)]
+    findings = [
+        *packages(),
+        machine(),
+        *(speed(*place) for place in places()),
+        model("base model", base),
+        model("encoder", DEFAULT_ENCODER),
+    ]
     return findings if index is None else [*findings, *index_health(index, base)]
 
 
@@ -62,26 +68,32 @@ def machine() -> Finding:
     return Finding("device", "ok", f"{device} ({name}), {dtype}, Python {platform.python_version()}")
 
 
-def speed() -> Finding:
-    """What was measured of the machine, which the plan of a request counts with."""
+def places() -> list[tuple[torch.device, torch.dtype]]:
+    """The device that models run on, with the dtypes that they are likely to have there."""
     device = pick_device("auto")
-    dtype = pick_dtype("auto", device)
+    dtypes = [pick_dtype("auto", device), *([torch.bfloat16] if device.type == "cpu" else [])]
+    return [(device, dtype) for dtype in dict.fromkeys(dtypes)]
+
+
+def speed(device: torch.device, dtype: torch.dtype) -> Finding:
+    """What was measured of the machine, which the plan of a request counts with."""
+    subject = f"calibration, {str(dtype).removeprefix('torch.')}"
     try:
         known = known_machine(device, dtype)
     except ValueError as error:
-        return Finding("calibration", "problem", str(error), CALIBRATE)
+        return Finding(subject, "problem", str(error), CALIBRATE)
     if known is None:
-        return Finding("calibration", "ok", "none for this device, dtype and torch; fixed constants hold", CALIBRATE)
+        return Finding(subject, "ok", "none for this device and torch; fixed constants hold", CALIBRATE)
     gemm, bmm = known.large_gemm / 1e9, max(known.large_bmm, known.large_stack) / 1e9
     detail = f"{known.bandwidth / 1e9:.1f} GB/s, products {gemm:.0f} and by row {bmm:.0f} billion operations/s"
-    return Finding("calibration", "ok", f"{detail}, {known.call * 1e6:.1f} µs a call")
+    wide = ", adapters multiplied in float32" if known.wide else ""
+    return Finding(subject, "ok", f"{detail}, {known.call * 1e6:.1f} µs a call{wide}")
 
 
 def calibrate_here() -> None:
-    """Measure this machine in the device and dtype that models run in, and keep what was found."""
-    device = pick_device("auto")
-    dtype = pick_dtype("auto", device)
-    save_machine(calibrate(device, dtype), device, dtype)
+    """Measure this machine on the device and in the dtypes that models run in, and keep what was found."""
+    for device, dtype in places():
+        save_machine(calibrate(device, dtype), device, dtype)
 
 
 def model(subject: str, name: str) -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from loracompose.composition.delta import LowRankDelta
 from loracompose.runtime.attachment import Add
 from loracompose.runtime.fitting import gives_own_output
-from loracompose.runtime.folding import PRECISE, why_not_foldable
+from loracompose.runtime.folding import keeps_precision, why_not_foldable
 from loracompose.runtime.forms import Workspace
-from loracompose.runtime.machine import Machine, assumed_machine, known_machine
+from loracompose.runtime.machine import Machines
 from loracompose.runtime.operator import RowOperator, StaticGroup, gated_group, static_add
 from loracompose.runtime.plan import Wanted, fold_pays
 from loracompose.runtime.rows import RowUses
@@ -26,18 +26,17 @@ class Assembly:
 
     Attributes:
         modules: module path -> module.
-        deltas: module path -> delta on the device and in the dtype of its module.
+        deltas: module path -> delta on the device of its module and in the dtype that it is multiplied in.
         form: what the caller asked for.
         tokens: decoding steps to expect; None if nobody knows.
-        machine: what the plan counts with; None is what was measured here.
+        machines: what the plan counts with.
     """
 
     modules: Mapping[str, nn.Module]
     deltas: Mapping[str, LowRankDelta]
     form: Wanted
     tokens: int | None
-    machine: Machine | None
-    _machines: dict[tuple[torch.device, torch.dtype], Machine] = field(default_factory=dict, init=False, repr=False)
+    machines: Machines
 
     def split(self) -> tuple[dict[str, LowRankDelta], dict[str, LowRankDelta], dict[str, Tensor]]:
         """The deltas that go into the weights, those that run beside them, and the weights of all, on the CPU.
@@ -61,7 +60,7 @@ class Assembly:
             group = {path: deltas[path] for path in members}
             first = group[members[0]]
             if is_static(first):
-                machine = self._machine(first)
+                machine = self.machines.of(first.A.device, first.A.dtype)
                 writable = {path for path in members if gives_own_output(self.modules[path])}
                 run = StaticGroup(
                     group,
@@ -86,21 +85,14 @@ class Assembly:
             if reason and delta.kind == "linear":
                 raise ValueError(f"{path} cannot run folded into its weight: {reason}; leave form to 'auto'")
             return not reason
-        if self.form != "auto" or not self.tokens or delta.A.dtype not in PRECISE:
+        if self.form != "auto" or not self.tokens or not keeps_precision(self.modules[path]):
             return False
         if why_not_foldable(self.modules[path], delta, weights):
             return False
         d_out, d_in, ranks = delta.B.shape[0], delta.A.shape[1], int((weights[0] != 0).sum())
         rows, size = delta.batch, delta.A.itemsize
-        return ranks > 0 and fold_pays(self.tokens, rows, d_in, d_out, ranks, size, self._machine(delta))
-
-    def _machine(self, delta: LowRankDelta) -> Machine:
-        if self.machine is not None:
-            return self.machine
-        place = delta.A.device, delta.A.dtype
-        if place not in self._machines:  # read once a request and not for each of its modules
-            self._machines[place] = known_machine(*place) or assumed_machine(*place)
-        return self._machines[place]
+        machine = self.machines.of(delta.A.device, delta.A.dtype)
+        return ranks > 0 and fold_pays(self.tokens, rows, d_in, d_out, ranks, size, machine)
 
 
 def is_static(delta: LowRankDelta) -> bool:

@@ -17,7 +17,7 @@ from loracompose.runtime.attachment import Attachment
 from loracompose.runtime.first_pass import FirstPass
 from loracompose.runtime.fitting import check_fit, computing_dtype, on_module, resolve
 from loracompose.runtime.folding import folded
-from loracompose.runtime.machine import Machine
+from loracompose.runtime.machine import Machine, Machines
 from loracompose.runtime.plan import Wanted, check_form
 
 
@@ -65,12 +65,12 @@ def attach(
     modules = {path: resolve(model, path) for path in deltas}
     for path, module in modules.items():
         check_fit(path, module, deltas[path])
-    states = computing_dtype(model)
-    ready = {path: on_module(delta, modules[path], states) for path, delta in deltas.items()}
+    states, machines = computing_dtype(model), Machines(machine)
+    ready = {path: on_module(delta, modules[path], states, machines) for path, delta in deltas.items()}
     first = FirstPass(model) if any(asks_base(delta.gate) for delta in deltas.values()) else None
     check_nesting(model, first)
     # what is folded into the weights would act in a pass of the bare base too
-    assembly = Assembly(modules, ready, form, tokens if first is None else None, machine)
+    assembly = Assembly(modules, ready, form, tokens if first is None else None, machines)
     inside, beside, weights = assembly.split()
     if first is not None and inside:
         raise ValueError(

@@ -10,6 +10,8 @@ from torch.nn.modules.module import _global_forward_hooks
 from transformers.pytorch_utils import Conv1D
 
 from loracompose.composition.delta import LowRankDelta
+from loracompose.composition.gates import GateContext
+from loracompose.runtime.machine import Machines
 
 COMPUTING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -57,8 +59,8 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
     return next((weight.dtype for weight in model.parameters() if weight.dtype in COMPUTING), torch.float32)
 
 
-def on_module(delta: LowRankDelta, module: nn.Module, states: torch.dtype) -> LowRankDelta:
-    """The delta on the device and in the dtype that the module computes with.
+def on_module(delta: LowRankDelta, module: nn.Module, states: torch.dtype, machines: Machines) -> LowRankDelta:
+    """The delta on the device of the module and in the dtype that it is multiplied in: mostly that of the module.
 
     Embeddings that scale their output (Gemma, BART) scale the adapter's part as well, as PEFT does.
 
@@ -66,6 +68,7 @@ def on_module(delta: LowRankDelta, module: nn.Module, states: torch.dtype) -> Lo
         delta: to put on.
         module: where.
         states: dtype of the model's hidden states, for a module whose weight only stores (8 or 4 bits a number).
+        machines: which know where 16-bit numbers are multiplied as float32.
     """
     weight = module.weight
     if not isinstance(weight, Tensor):
@@ -74,7 +77,24 @@ def on_module(delta: LowRankDelta, module: nn.Module, states: torch.dtype) -> Lo
     scale = getattr(module, "embed_scale", None)
     if delta.kind == "embedding" and scale is not None:
         delta = replace(delta, B=delta.B * torch.as_tensor(scale).to(delta.B))
-    return delta.to(weight.device, dtype)
+    return delta.to(weight.device, machines.multiplied(weight.device, dtype))
+
+
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """States or ids of a model as a delta of that dtype multiplies them; autocast chooses by itself."""
+    if x.dtype == dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(dtype)
+
+
+def widened_context(context: GateContext, dtype: torch.dtype) -> GateContext:
+    """What a gate may know, its states in the dtype that its delta multiplies."""
+    layer_input, base = (
+        None if states is None else widened(states, dtype) for states in (context.layer_input, context.base_states)
+    )
+    if layer_input is context.layer_input and base is context.base_states:
+        return context
+    return replace(context, layer_input=layer_input, base_states=base)
 
 
 def gives_own_output(module: nn.Module) -> bool:

@@ -15,6 +15,12 @@ PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PRECISE = (torch.float64, torch.float32)
 
 
+def keeps_precision(module: nn.Module) -> bool:
+    """Whether the weight of a module is precise enough that an update folded into it is not rounded off."""
+    weight = module.weight
+    return isinstance(weight, Tensor) and weight.dtype in PRECISE
+
+
 def why_not_foldable(module: nn.Module, delta: LowRankDelta, weights: Tensor) -> str:
     """What keeps a delta from being folded into the weight of its module; "" if nothing does.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from loracompose.durable import write_whole
 from loracompose.unpacking import cache_folder
 
 # Raised when what is measured changes; part of the file's name, so that older measurements are left alone.
-FORMAT = 5
+FORMAT = 6
 
 # Ranks of a step's banks: what a batch uses together, and what one row uses; products of more ranks are faster.
 STEP_SHARED, STEP_OWN = 96, 16
@@ -36,6 +36,8 @@ class Machine:
         large_bmm: of one product per row, of many tokens each, row by row.
         call: seconds to start one operation.
         large_stack: as `large_bmm`, of all rows in one batched product.
+        wide: whether adapters of a model in 16 bits are multiplied in float32, with these rates: a CPU without
+            products of 16-bit numbers takes tens of times as long for them, conversions counted.
     """
 
     bandwidth: float = 1e10
@@ -45,11 +47,14 @@ class Machine:
     large_bmm: float = 4e10
     call: float = 1e-5
     large_stack: float = 4e10
+    wide: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.wide, bool):
+            raise ValueError(f"wide must be true or false, got {self.wide!r}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if not (isinstance(value, float) and 0 < value < float("inf")):
+            if field.name != "wide" and not (isinstance(value, float) and 0 < value < float("inf")):
                 raise ValueError(f"{field.name} must be a positive number, got {value!r}")
 
     def gemm(self, tokens: int) -> float:
@@ -69,6 +74,7 @@ DEFAULT = Machine(large_bmm=2.5e10)
 # CPUs multiply 16-bit numbers in tiles that they pack anew for every product, which neither one token pays back nor the
 # few ranks of one row, unless all rows are one product.
 DEFAULT_HALF = Machine(small_bmm=5e9, large_bmm=4e9, large_stack=2.7e10)
+DEFAULT_WIDE = replace(DEFAULT, wide=True)
 
 
 def machine_file(device: torch.device, dtype: torch.dtype) -> Path:
@@ -100,7 +106,33 @@ def known_machine(device: torch.device, dtype: torch.dtype) -> Machine | None:
 
 def assumed_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """What the plan counts with where nothing was measured."""
-    return DEFAULT_HALF if device.type == "cpu" and dtype.itemsize == 2 else DEFAULT
+    if device.type != "cpu" or dtype.itemsize != 2:
+        return DEFAULT
+    multiplies = dtype == torch.bfloat16 and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return DEFAULT_HALF if multiplies else DEFAULT_WIDE
+
+
+class Machines:
+    """What one request counts with, looked up once for each device and dtype."""
+
+    def __init__(self, given: Machine | None = None) -> None:
+        """Take `given` for all of them; None is what was measured, or else assumed."""
+        self._given = given
+        self._known: dict[tuple[torch.device, torch.dtype], Machine] = {}
+
+    def of(self, device: torch.device, dtype: torch.dtype) -> Machine:
+        """The rates of one device and dtype."""
+        if self._given is not None:
+            return self._given
+        place = device, dtype
+        if place not in self._known:
+            self._known[place] = known_machine(*place) or assumed_machine(*place)
+        return self._known[place]
+
+    def multiplied(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that adapters are multiplied in beside modules of this one."""
+        half = device.type == "cpu" and dtype.itemsize == 2
+        return torch.float32 if half and self.of(device, dtype).wide else dtype
 
 
 def save_machine(machine: Machine, device: torch.device, dtype: torch.dtype) -> Path:
@@ -113,39 +145,60 @@ def save_machine(machine: Machine, device: torch.device, dtype: torch.dtype) -> 
 
 @torch.inference_mode()
 def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
-    """Measure this machine, in under two seconds; nothing is written, see `save_machine`.
+    """Measure this machine, in a few seconds; nothing is written, see `save_machine`.
 
-    Rates are the best of several short runs, so other work on the machine shows as little as can be.
+    Rates are the best of several short runs, so other work on the machine shows as little as can be. Numbers of 16 bits
+    on a CPU are multiplied as they are and in float32, and the rates are those of the way that answers sooner.
     """
     place = torch.device(device)
+    found = _measured(place, dtype, dtype)
+    if place.type == "cpu" and dtype.itemsize == 2:
+        wide = replace(_measured(place, dtype, torch.float32), wide=True)
+        return min(found, wide, key=_answer_seconds)
+    return found
+
+
+WIDE, RANKS, ROWS = 1024, 64, 16  # of the products that are timed
+
+
+def _measured(place: torch.device, dtype: torch.dtype, multiplied: torch.dtype) -> Machine:
+    """The rates of products in one dtype, of states in another or the same."""
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=place, dtype=dtype)
 
-    large = torch.ones(BEYOND_CACHES // dtype.itemsize, device=place, dtype=dtype)
-    wide, ranks, rows = 1024, 64, 16
-    A = numbers(wide, ranks)
-    many = numbers(1024, wide)
+    large = torch.ones(BEYOND_CACHES // multiplied.itemsize, device=place, dtype=multiplied)
+    A = numbers(WIDE, RANKS).to(multiplied)
+    many = numbers(1024, WIDE)
     tiny = numbers(1, 8)
     seconds = {
         "sum": _best(lambda: large.sum(), place),
-        "many": _best(lambda: many @ A, place),
+        "many": _best(lambda: many.to(multiplied) @ A, place),
         "call": _best(lambda: tiny.add(tiny), place, runs=64),
     }
     bandwidth = large.nbytes / seconds["sum"]
-    work = 2.0 * wide * ranks
+    work = 2.0 * WIDE * RANKS
+    rows = numbers(ROWS, EACH, WIDE)
     return Machine(
         bandwidth=bandwidth,
-        small_gemm=_stepping_rate(numbers(rows, wide), STEP_SHARED, bandwidth),
+        small_gemm=_stepping_rate(numbers(ROWS, WIDE), STEP_SHARED, bandwidth, multiplied),
         large_gemm=1024 * work / seconds["many"],
-        small_bmm=_stepping_rate(numbers(rows, 1, wide), STEP_OWN, bandwidth),
-        large_bmm=_rowwise_rate(numbers(rows, EACH, wide), STEP_OWN, at_once=place.type == "cuda"),
+        small_bmm=_stepping_rate(numbers(ROWS, 1, WIDE), STEP_OWN, bandwidth, multiplied),
+        large_bmm=_rowwise_rate(rows, STEP_OWN, multiplied, at_once=place.type == "cuda"),
         call=seconds["call"],
-        large_stack=_rowwise_rate(numbers(rows, EACH, wide), STEP_OWN, at_once=True),
+        large_stack=_rowwise_rate(rows, STEP_OWN, multiplied, at_once=True),
     )
 
 
-def _stepping_rate(x: torch.Tensor, ranks: int, bandwidth: float) -> float:
+def _answer_seconds(machine: Machine) -> float:
+    """What the products of one module take in an answer: a prompt of many tokens, and as many steps after it."""
+    numbers = 2 * WIDE * STEP_SHARED
+    step = numbers * (4 if machine.wide else 2) / machine.bandwidth + 2 * ROWS * numbers / machine.small_gemm
+    prompt = 4 * ROWS * EACH * WIDE * STEP_OWN / max(machine.large_bmm, machine.large_stack)
+    return EACH * step + prompt
+
+
+def _stepping_rate(x: torch.Tensor, ranks: int, bandwidth: float, multiplied: torch.dtype) -> float:
     """Operations a second of the two products of a decoding step, whose banks come from memory.
 
     What reading takes is taken off, since the plan counts it by itself: at most nine tenths, so that a rate is left.
@@ -154,25 +207,31 @@ def _stepping_rate(x: torch.Tensor, ranks: int, bandwidth: float) -> float:
         x: (rows, width) for one bank, (rows, 1, width) for a bank each.
         ranks: of a bank.
         bandwidth: bytes a second.
+        multiplied: dtype of the banks.
     """
     banks, wide = x.shape[:-2], x.shape[-1]
     each = 2 * wide * ranks * x.shape[0] ** len(banks)  # numbers that a turn reads
-    turns = max(2, STEP_BYTES // (each * x.element_size()))
-    A = [torch.randn(*x.shape[: len(banks)], wide, ranks, device=x.device, dtype=x.dtype) for _ in range(turns)]
-    B = [torch.randn(*x.shape[: len(banks)], ranks, wide, device=x.device, dtype=x.dtype) for _ in range(turns)]
+    turns = max(2, STEP_BYTES // (each * multiplied.itemsize))
+
+    def bank(*shape: int) -> torch.Tensor:
+        return torch.randn(*x.shape[: len(banks)], *shape, device=x.device, dtype=multiplied)
+
+    A = [bank(wide, ranks) for _ in range(turns)]
+    B = [bank(ranks, wide) for _ in range(turns)]
     output = torch.zeros_like(x)
 
     def step() -> None:
         for shrink, expand in zip(A, B, strict=True):
-            h = torch.matmul(x, shrink)
-            torch.addmm(output, h, expand) if not banks else torch.baddbmm(output, h, expand)
+            h, into = torch.matmul(x.to(multiplied), shrink), output.to(multiplied)
+            added = torch.addmm(into, h, expand) if not banks else torch.baddbmm(into, h, expand)
+            added.to(x.dtype)
 
     seconds = _best(step, x.device, runs=1) / turns
-    reading = each * x.element_size() / bandwidth
+    reading = each * multiplied.itemsize / bandwidth
     return float(4 * x.shape[0] * wide * ranks / max(seconds - reading, seconds / 10))
 
 
-def _rowwise_rate(x: torch.Tensor, ranks: int, *, at_once: bool) -> float:
+def _rowwise_rate(x: torch.Tensor, ranks: int, multiplied: torch.dtype, *, at_once: bool) -> float:
     """Operations a second of the two products of a prefill, for every row with few ranks of its own, calls included.
 
     Row by row the calls take longer than the products where there are several threads, or numbers of 16 bits.
@@ -180,21 +239,30 @@ def _rowwise_rate(x: torch.Tensor, ranks: int, *, at_once: bool) -> float:
     Args:
         x: (rows, tokens, width).
         ranks: of every row.
+        multiplied: dtype of the ranks.
         at_once: all rows in one batched product, instead of row by row.
     """
     rows, tokens, wide = x.shape
-    A, B = (torch.randn(rows, *shape, device=x.device, dtype=x.dtype) for shape in ((wide, ranks), (ranks, wide)))
+
+    def bank(*shape: int) -> torch.Tensor:
+        return torch.randn(rows, *shape, device=x.device, dtype=multiplied)
+
+    A, B = bank(wide, ranks), bank(ranks, wide)
     output = torch.zeros_like(x)
 
-    def rowwise() -> None:
-        for into, row, shrink, expand in zip(output, x, A, B, strict=True):
+    def rowwise(states: torch.Tensor, outputs: torch.Tensor) -> None:
+        for into, row, shrink, expand in zip(outputs, states, A, B, strict=True):
             into.addmm_(row @ shrink, expand)
 
-    def stacked() -> None:
-        output.baddbmm_(torch.bmm(x, A), B)
+    def stacked(states: torch.Tensor, outputs: torch.Tensor) -> None:
+        outputs.baddbmm_(torch.bmm(states, A), B)
 
-    seconds = _best(stacked if at_once else rowwise, x.device)
-    return float(4 * rows * tokens * wide * ranks / seconds)
+    def run() -> None:
+        outputs = output.to(multiplied)
+        (stacked if at_once else rowwise)(x.to(multiplied), outputs)
+        outputs.to(x.dtype)
+
+    return float(4 * rows * tokens * wide * ranks / _best(run, x.device))
 
 
 def _best(run: Callable[[], object], device: torch.device, *, runs: int = 4, budget: float = 0.15) -> float:

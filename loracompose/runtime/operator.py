@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext, SparseGate
+from loracompose.runtime.fitting import widened, widened_context
 from loracompose.runtime.forms import BankForm, GatheredForm, GroupBank, SharedForm, Workspace
 from loracompose.runtime.grouped import GroupedForm, kernels_run
 from loracompose.runtime.machine import DEFAULT, Machine
@@ -52,7 +53,8 @@ class RowOperator:
 
     def add(self, output: Tensor, x: Tensor, context: Context) -> Tensor:
         """The module's output, (rows, seq, d_out), with what the delta adds to it."""
-        return output + self(x, context())
+        wide = widened(output, self._delta.A.dtype)
+        return (wide + self(x, context())).to(output.dtype)
 
     def __call__(self, x: Tensor, context: GateContext) -> Tensor:
         """What the module's output gains, (rows, seq, d_out).
@@ -67,11 +69,12 @@ class RowOperator:
         if times not in self._repeated:
             with torch.inference_mode(False):  # what is made in inference mode could not be used outside of it
                 self._repeated[times] = self._delta.repeat(times)
-        delta = self._repeated[times]
+        delta, dtype = self._repeated[times], self._delta.A.dtype
+        states, context = widened(x, dtype), widened_context(context, dtype)
         if self._sparse is not None and self._active_pays(x):
-            return run_active(delta, self._sparse, x, context)
+            return run_active(delta, self._sparse, states, context)
         h = None if self._shared is None else self._shared(x)  # (rows, seq, R)
-        return delta.expand(x, delta.shrink(x) if h is None else h, context)
+        return delta.expand(states, delta.shrink(states) if h is None else h, context)
 
     def _active_pays(self, x: Tensor) -> bool:
         delta, active = self._delta, self._sparse and self._sparse.n_active
@@ -86,7 +89,7 @@ def gated_group(deltas: Mapping[str, LowRankDelta], slot: OpenProduct) -> dict[s
     if len(deltas) == 1:
         return {path: RowOperator(delta) for path, delta in deltas.items()}
     A = torch.cat([delta.A for delta in deltas.values()])  # (R of all, d_in)
-    shared = SharedInput(deltas, slot, lambda x: x @ A.mT)
+    shared = SharedInput(deltas, slot, lambda x: widened(x, A.dtype) @ A.mT)
 
     def part(path: str, end: int) -> Callable[[Tensor], Tensor | None]:
         def shrink(x: Tensor) -> Tensor | None:
@@ -168,7 +171,10 @@ class StaticGroup:
             and not torch.is_grad_enabled()
             and output.is_contiguous()
         )
-        return prepared.add(self._member[path], h, output, own=own)
+        wide = widened(output, self._dtype)
+        if wide is not output:  # a copy of ours; the sum is rounded once
+            wide, own = wide.contiguous(), not torch.is_grad_enabled()
+        return prepared.add(self._member[path], h, wide, own=own).to(output.dtype)
 
     def _part(self, path: str) -> StaticGroup:
         """A group of one module, for one that reads what its siblings do not."""
@@ -185,7 +191,7 @@ class StaticGroup:
 
     def _shrink(self, x: Tensor) -> tuple[BankForm, Any]:
         form = self._form(x.shape[0], x.shape[1])
-        return form, form.shrink(x)
+        return form, form.shrink(widened(x, self._dtype))
 
     def _form(self, rows: int, seq: int) -> BankForm:
         kind, gradients = self._choose(rows, seq), torch.is_grad_enabled()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from loracompose.composition.bank import gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.layers import layer_of
 from loracompose.runtime.attach import attach
+from loracompose.runtime.forms import SharedForm
+from loracompose.runtime.machine import Machine
 from tests import laws, tiny
-from tests.runtime.toy import random_delta
+from tests.runtime.toy import Recorder, random_delta
 
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.1.self_attn.v_proj"
@@ -83,6 +86,50 @@ def test_bfloat16_and_autocast_give_what_float32_gives_up_to_rounding(form: Any,
                 got = low(x.bfloat16())
     assert got.dtype == torch.bfloat16
     assert laws.distance(got.double(), want.double()) < 0.05
+
+
+WIDE = Machine(wide=True)
+
+
+@pytest.mark.parametrize("form", ["auto", "shared", "gathered"])
+@pytest.mark.parametrize("seq", [1, 4])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("kind", ["static", "gated", "embedding"])
+def test_a_wide_delta_of_a_16_bit_module_is_computed_in_float32_and_the_sum_rounded_once(
+    form: Any, seq: int, gradients: bool, kind: str
+):
+    generator = torch.Generator().manual_seed(2)
+    embeds = kind == "embedding"
+    module = (nn.Embedding(12, 9) if embeds else nn.Linear(12, 9)).bfloat16()
+    ids = torch.randint(0, 12, (3, seq), generator=generator)
+    x = ids if embeds else torch.randn(3, seq, 12, generator=generator).bfloat16()
+    delta = random_delta(weights=torch.eye(5)[:3].double(), kind="embedding" if embeds else "linear")
+    precise = delta.to(torch.device("cpu"), torch.float32)
+    gate = Recorder() if kind == "gated" else None
+    with torch.set_grad_enabled(gradients):
+        want = (module(x).float() + precise(x if embeds else x.float())).bfloat16()
+        with attach(nn.Sequential(module), {"0": replace(delta, gate=gate)}, form=form, machine=WIDE):
+            got = module(x)
+    assert got.dtype == torch.bfloat16
+    # products of another order may round to the neighbour, one in a thousand or so
+    assert (got != want).sum() <= 1
+    assert laws.distance(got.double(), want.double()) < 0.01
+    assert gate is None or gate.moved_to == [torch.float32]
+
+
+def test_modules_that_share_an_input_share_one_product_of_its_wide_copy(monkeypatch: pytest.MonkeyPatch):
+    model, seen, shrink = tiny.base_model("llama", dtype=torch.bfloat16), [], SharedForm.shrink
+    paths = [Q, Q.replace("q_proj", "k_proj"), Q.replace("q_proj", "v_proj")]
+    deltas = {path: delta_for("llama", path) for path in paths}
+
+    def watched(form: SharedForm, x: Tensor) -> tuple[Tensor, ...]:
+        seen.append(x.dtype)
+        return shrink(form, x)
+
+    monkeypatch.setattr(SharedForm, "shrink", watched)
+    with torch.no_grad(), attach(model, deltas, machine=WIDE):
+        assert tiny.logits(model, "llama", batch=1, seq=6).dtype == torch.bfloat16
+    assert seen == [torch.float32]
 
 
 def test_deltas_made_in_inference_mode_let_gradients_through_in_every_form():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,10 +134,11 @@ def test_the_plan_folds_only_what_all_rows_share_and_only_when_told_how_long_ans
     assert not folds(nothing, 64)
 
 
-def test_the_plan_does_not_round_a_delta_off_in_weights_of_16_bits():
+@pytest.mark.parametrize("machine", [FREE, replace(FREE, wide=True)])
+def test_the_plan_does_not_round_a_delta_off_in_weights_of_16_bits(machine: Machine):
     model = tiny.base_model("llama", dtype=torch.bfloat16)
     own = weights_of(model)
-    with attach(model, same("llama"), tokens=64, machine=FREE):
+    with attach(model, same("llama"), tokens=64, machine=machine):
         assert all(weights_of(model)[name] is weight for name, weight in own.items())
     with attach(model, same("llama"), form="folded"):
         assert tiny.logits(model, "llama", batch=2, seq=6).dtype == torch.bfloat16

@@ -12,7 +12,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import Gate
 from loracompose.runtime.attach import attach
-from tests import laws
+from loracompose.runtime.machine import Machine
+from tests import laws, tiny
 from tests.runtime.toy import DecidedAtPrefill, Recorder, random_delta
 
 PATHS = {
@@ -150,6 +151,15 @@ def test_a_gate_that_asks_sees_the_hidden_states_entering_its_layer(on: str):
     hidden = out.encoder_hidden_states if on == "t5" else out.hidden_states
     assert torch.equal(asks.seen[0].layer_input, hidden[0])
     assert does_not.seen[0].layer_input is None  # of another layer, where nobody asks
+
+
+def test_a_gate_of_a_wide_delta_sees_the_states_that_enter_its_layer_in_float32():
+    gate, model = Recorder(needs_layer_input=True), tiny.base_model("llama", dtype=torch.bfloat16)
+    with attach(model, gated("llama", [gate]), machine=Machine(wide=True)):
+        out = run("llama", laws.padded(laws.prompts((4, 4))), model=model, output_hidden_states=True)
+    seen = gate.seen[0].layer_input
+    assert seen.dtype == torch.float32
+    assert torch.equal(seen, out.hidden_states[0].float())
 
 
 @pytest.mark.parametrize("on", ["llama", "gpt2"])

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from loracompose.adapters.store import AdapterStore
 from loracompose.batching import Budget, budget_of, plan_batches, prompt_bar, set_of
 from loracompose.composers import Composer, get_composer
-from loracompose.composers.base import router_of
+from loracompose.composers.base import keeps_factors, router_of
 from loracompose.composers.recall import row_wise
 from loracompose.composition.cache import CompositionCache
 from loracompose.composition.router import Router, load_router
@@ -33,6 +33,7 @@ from loracompose.retrieval.index import AdapterIndex
 from loracompose.retrieval.result import Retrieval
 from loracompose.retrieval.retriever import Retriever
 from loracompose.running import answer, running
+from loracompose.runtime.machine import Machines
 from loracompose.streaming import stream_pieces
 from loracompose.trace import Generation
 
@@ -112,7 +113,8 @@ class Engine:
                 index.prepare()  # so that what is wrong with it is said now, not with the first prompt
             if (runs := router_of(composer)) is not None:
                 check_router(runs, base, index)
-            # Composed in float32 or better and rounded once, to the dtype of the model, when it is put on.
+            # Composed in float32 or better and rounded once, to the dtype of the model, when it is put on; where
+            # nothing is computed of the factors, see `keeps_factors`, they are kept as they run.
             precise = torch.promote_types(base.dtype, torch.float32)
             store = AdapterStore(
                 max_bytes=store_bytes, host_bytes=host_bytes, device=base.device, dtype=precise, base=base.model
@@ -298,7 +300,8 @@ class Engine:
     def _prepare(self, prompts: Sequence[Prompt], rows: Sequence[Row], composer: Composer, seconds: float) -> Request:
         """Load and compose what one batch needs."""
         start = time.perf_counter()
-        loaded, identities = look_up(rows, self.store, self.index, self.base.device)
+        dtype = Machines().multiplied(self.base.device, self.base.dtype) if keeps_factors(composer) else None
+        loaded, identities = look_up(rows, self.store, self.index, self.base.device, dtype)
         timings = {"retrieve": seconds, "load": time.perf_counter() - start}
         return prepare(prompts, rows, loaded, identities, composer, timings, self.base.device, self.cache)
 

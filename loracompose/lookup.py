@@ -17,11 +17,22 @@ from loracompose.retrieval.index import AdapterIndex
 
 
 def look_up(
-    rows: Sequence[Row], store: AdapterStore, index: AdapterIndex | None, device: torch.device
+    rows: Sequence[Row],
+    store: AdapterStore,
+    index: AdapterIndex | None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> tuple[dict[AdapterRef, Adapter], dict[AdapterRef, Identity]]:
     """The adapters that have a weight in some row, and who everybody is.
 
     An adapter of the index that has weight 0 in every row is named from its card and not loaded.
+
+    Args:
+        rows: members of every prompt.
+        store: where adapters are read and kept.
+        index: where names are looked up.
+        device: where the adapters go.
+        dtype: of those that come from the index; the store's if None.
 
     Raises:
         LookupError: a name that the index does not have.
@@ -31,11 +42,12 @@ def look_up(
     identities: dict[AdapterRef, Identity] = {}
     used = {member.ref for row in rows for member in row if member.weight}
     for ref in dict.fromkeys(member.ref for row in rows for member in row):
-        if index is not None and isinstance(ref, str) and ref in index:
-            card = index.card(ref)
-            identities[ref] = Identity(card.name, card.fingerprint, card.base_model)
+        record = index.record(ref) if index is not None and isinstance(ref, str) else None
+        if index is not None and record is not None:
+            identities[ref] = Identity(record.name, record.fingerprint, record.base_model)
             if ref in used:
-                loaded[ref] = store.get(index.path(ref), fingerprint=card.fingerprint, name=ref)
+                folder = index.folder_of(record)
+                loaded[ref] = store.get(folder, fingerprint=record.fingerprint, name=record.name, dtype=dtype)
         else:
             loaded[ref] = widened(by_hand(ref, store, index), device)
             identities[ref] = Identity(loaded[ref].name, loaded[ref].fingerprint, loaded[ref].base_model)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from loracompose.adapters.lora import Adapter
 from loracompose.composers import Composer
@@ -100,10 +101,13 @@ class Request:
     @cached_property
     def added_parameters(self) -> list[int]:
         """Numbers in the A and B of the ranks that run for each prompt; a gate may switch them off token by token."""
-        counts = torch.zeros(len(self.prompts), dtype=torch.int64)
+        shared: dict[int, tuple[Tensor, int]] = {}  # weights, and the width of all modules that have these very ones
         for delta in self.deltas.values():
-            ranks = (delta.weights != 0).sum(dim=-1).cpu()  # (batch,)
-            counts += ranks * (delta.A.shape[-1] + delta.B.shape[-2])
+            weights, width = shared.get(id(delta.weights), (delta.weights, 0))
+            shared[id(weights)] = weights, width + delta.A.shape[-1] + delta.B.shape[-2]
+        counts = torch.zeros(len(self.prompts), dtype=torch.int64)
+        for weights, width in shared.values():
+            counts += (weights != 0).sum(dim=-1).cpu() * width  # (batch,)
         return [int(count) for count in counts]
 
 

@@ -11,9 +11,12 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 
 from loracompose import COMPOSERS, Adapter, AdapterIndex, Engine, LoraFactors, compose, load_adapter
-from loracompose.composers import Mixture
+from loracompose.composers import Lego, Linear, Mixture, RankGating, Selection
+from loracompose.composers.base import keeps_factors
+from loracompose.composition.bank import content_order, gather_banks
 from loracompose.composition.router import Router
 from loracompose.runtime.attach import model_lock
+from loracompose.runtime.machine import Machine, save_machine
 from tests.engines import CHATML, build_engine, tokenizer
 from tests.tiny import base_model, peft_adapter, peft_load
 
@@ -375,6 +378,34 @@ def test_adapters_of_16_bits_given_by_hand_are_composed_in_32(engine):
         patch.setattr(type(engine), "_prepare", lambda *given: made.append(prepare(*given)) or made[-1])
         engine.generate(PROMPTS[:1], adapters=sets, composer="linear", max_new_tokens=2)
     assert {delta.A.dtype for delta in made[0].deltas.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_adapters_are_kept_as_they_run_only_where_nothing_is_computed_of_them(tmp_path, monkeypatch, wide):
+    monkeypatch.setenv("LORACOMPOSE_CACHE", str(tmp_path / "cache"))
+    save_machine(Machine(wide=wide), torch.device("cpu"), torch.bfloat16)
+    with build_engine(tmp_path, dtype=torch.bfloat16) as engine:
+        sets, cpu = [["mood", "sql"], {"french": 0.3, "sums": -1.0}], torch.device("cpu")
+        rows, _ = engine._rows(PROMPTS[:2], Mixture(), sets, None, None, None)
+        adapters = [load_adapter(engine.index.path(name)) for name in ("mood", "sql", "french", "sums")]
+        order, weights = content_order(adapters), torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.3, -1.0]])
+        banks = gather_banks([adapters[i] for i in order])
+        for composer in [Mixture(), Selection(), RankGating(), Lego(), Linear()]:
+            made = engine._prepare(PROMPTS[:2], rows, composer, 0.0).deltas
+            as_it_runs = keeps_factors(composer) and not wide
+            assert {delta.A.dtype for delta in made.values()} == {torch.bfloat16 if as_it_runs else torch.float32}
+            for module, want in composer.compose(banks, weights[:, order]).items():
+                want, got = want.to(cpu, torch.bfloat16), made[module].to(cpu, torch.bfloat16)
+                for side in ("A", "B", "weights"):
+                    assert torch.equal(getattr(got, side), getattr(want, side)), (composer, module)
+
+
+def test_the_trace_counts_the_numbers_of_the_ranks_that_run_for_a_prompt(engine):
+    alone, both, none = engine.generate(PROMPTS[:3], adapters=[["mood"], ["mood", "sql"], []], max_new_tokens=1)
+    size = {name: load_adapter(engine.index.path(name)).nbytes // 4 for name in ("mood", "sql")}
+    assert alone.added_parameters == size["mood"]
+    assert both.added_parameters == size["mood"] + size["sql"]
+    assert none.added_parameters == 0
 
 
 def test_what_stands_for_nothing_given_is_nothing_given(engine):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import get_total_norm
 
 import loracompose
 from loracompose.adapters.base import Base, as_module, check_complete
@@ -23,6 +24,8 @@ from loracompose.adapters.header import DTYPES
 from loracompose.adapters.layout import PREFIX, AdapterLayout, ModuleLayout, read_layout
 from loracompose.adapters.lora import Adapter, LoraFactors
 from loracompose.adapters.peft_config import UnsupportedAdapterError
+
+ROUNDED_UP = 1.01  # more than the norm loses in float32, and than rounding to 16 bits adds
 
 __all__ = ["UnsupportedAdapterError", "load_adapter", "save_adapter"]
 
@@ -67,7 +70,7 @@ def read_checked(folder: Path, *, base: Base | None, name: str | None) -> Adapte
     model = None if base is None else as_module(base)
     check_complete(layout, model)
     if model is not None:
-        _check_base_copies(layout, model)
+        check_base_copies(layout, model)
     return layout
 
 
@@ -116,7 +119,7 @@ def convert(adapter: Adapter, device: torch.device | str, dtype: torch.dtype | N
         ValueError: a finite value, or the update of a rank, is too large for `dtype`.
     """
     converted = adapter.to(device, dtype)
-    if dtype is not None:
+    if dtype is not None and not _surely_fits(adapter, dtype):
         for module, factors in converted.factors.items():
             if factors.A.dtype == adapter.factors[module].A.dtype:
                 continue  # checked when it was read
@@ -124,6 +127,19 @@ def convert(adapter: Adapter, device: torch.device | str, dtype: torch.dtype | N
                 _check_finite(adapter.name, f"{side} of {module}", tensor)
             _check_size(adapter.name, module, factors)
     return converted
+
+
+def _surely_fits(adapter: Adapter, dtype: torch.dtype) -> bool:
+    """Whether no value and no update of a rank can be too large for a dtype; False says nothing.
+
+    With n the norm of all factors together no value and no norm of a rank exceeds n, and no update n².
+    """
+    own = {tensor.dtype for factors in adapter.factors.values() for tensor in (factors.A, factors.B)}
+    if own == {dtype}:
+        return True  # checked when it was read
+    factors = [tensor for factors in adapter.factors.values() for tensor in (factors.A, factors.B)]
+    n = get_total_norm(factors).item() * ROUNDED_UP
+    return max(n, n * n) <= torch.finfo(dtype).max  # False of a norm that is not finite
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -176,7 +192,7 @@ def _check_size(name: str, module: str, factors: LoraFactors) -> None:
         )
 
 
-def _check_base_copies(layout: AdapterLayout, model: nn.Module) -> None:
+def check_base_copies(layout: AdapterLayout, model: nn.Module) -> None:
     """An adapter's copy of a base weight must be that weight; a base on the meta device has no values to compare."""
     if not layout.base_copies:
         return

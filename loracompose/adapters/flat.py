@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from loracompose.adapters.folder import open_regular
-from loracompose.adapters.header import TensorEntry
 from loracompose.adapters.layout import AdapterLayout
 from loracompose.adapters.lora import LoraFactors
 
@@ -40,9 +39,12 @@ def read_flat(layout: AdapterLayout, dtype: torch.dtype) -> tuple[Tensor, dict[s
         if file.readinto(flat.view(torch.uint8).numpy().data) != size:
             raise ValueError(f"{layout.name}: {layout.weights} was cut short while it was read; try again")
     flat = flat.to(dtype)
+    placed = sorted(layout.entries.items(), key=lambda named: named[1].begin)  # without gaps, as the header was checked
+    pieces = torch.split(flat, [math.prod(entry.shape) for _, entry in placed])
+    views = {key: piece.view(entry.shape) for (key, entry), piece in zip(placed, pieces, strict=True)}
     factors = {}
     for module, own in layout.modules.items():
-        A, B = (_view(flat, layout.entries[key], stored) for key in (own.A, own.B))
+        A, B = views[own.A], views[own.B]
         factors[module] = LoraFactors(A, B if own.scaling == 1 else B.mul_(own.scaling), own.kind)
     return flat, factors
 
@@ -58,7 +60,3 @@ def surely_fits(flat: Tensor, layout: AdapterLayout) -> bool:
     widest = max(max(own.d_in, own.d_out) for own in layout.modules.values())
     largest = max(1.0, high, -low)
     return largest * largest * widest <= torch.finfo(flat.dtype).max
-
-
-def _view(flat: Tensor, entry: TensorEntry, stored: torch.dtype) -> Tensor:
-    return flat[entry.begin // stored.itemsize : entry.end // stored.itemsize].view(entry.shape)

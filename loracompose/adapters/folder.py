@@ -44,11 +44,21 @@ def read_json_object(path: Path) -> dict[str, Any]:
         LookupError: the folder has no such file.
         ValueError: not a regular file, too large, not JSON, or not an object.
     """
+    return parse_json_object(read_json_text(path), str(path))
+
+
+def read_json_text(path: Path) -> bytes:
+    """What a file of JSON holds, of at most 16 MB, not looked at.
+
+    Raises:
+        LookupError: the folder has no such file.
+        ValueError: not a regular file, or too large.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JSON_BYTES:
             raise ValueError(f"{path} has {size} bytes, at most {MAX_JSON_BYTES} are read")
-        return parse_json_object(file.read(MAX_JSON_BYTES), str(path))
+        return file.read(MAX_JSON_BYTES)
 
 
 def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:

@@ -33,22 +33,44 @@ class TensorEntry:
     end: int
 
 
-def read_header(path: Path) -> Mapping[str, TensorEntry]:
-    """Name -> entry of every tensor in a safetensors file, whose bytes they fill without gap or overlap.
+@dataclass(frozen=True)
+class RawHeader:
+    """The header of a safetensors file as it stands there, and how many bytes of data follow it."""
+
+    text: bytes
+    data_bytes: int
+
+
+def read_raw_header(path: Path) -> RawHeader:
+    """The header of a safetensors file.
 
     Raises:
         LookupError: the folder has no such file.
-        ValueError: not a regular file, truncated, too large, malformed, a dtype that is no float, an empty
-            dimension, or tensors that do not fill the file exactly.
+        ValueError: not a regular file, truncated or too large.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = _header_length(file.read(8), size, path)
-        header = parse_json_object(file.read(length), f"the header of {path}")
+        return RawHeader(file.read(length), size - 8 - length)
+
+
+def parse_header(raw: RawHeader, path: Path) -> Mapping[str, TensorEntry]:
+    """Name -> entry of every tensor in the file of a header, whose bytes they fill without gap or overlap.
+
+    Raises:
+        ValueError: malformed, a dtype that is no float, an empty dimension, or tensors that do not fill the file
+            exactly.
+    """
+    header = parse_json_object(raw.text, f"the header of {path}")
     header.pop("__metadata__", None)
     entries = {name: _entry(name, value, path) for name, value in header.items()}
-    _check_offsets(entries, size - 8 - length, path)
+    _check_offsets(entries, raw.data_bytes, path)
     return MappingProxyType(entries)
+
+
+def read_header(path: Path) -> Mapping[str, TensorEntry]:
+    """What `parse_header` makes of the header of a file; raises as it and `read_raw_header` do."""
+    return parse_header(read_raw_header(path), path)
 
 
 def _header_length(raw: bytes, size: int, path: Path) -> int:

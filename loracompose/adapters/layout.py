@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from loracompose.adapters.folder import CONFIG, PICKLED, WEIGHTS, read_json_object
-from loracompose.adapters.header import TensorEntry, read_header
+from loracompose.adapters.folder import CONFIG, PICKLED, WEIGHTS, parse_json_object, read_json_text
+from loracompose.adapters.header import RawHeader, TensorEntry, parse_header, read_raw_header
 from loracompose.adapters.lora import Kind
 from loracompose.adapters.peft_config import LoraSettings, UnsupportedAdapterError, read_settings
 
@@ -71,26 +71,61 @@ def read_layout(folder: Path, name: str) -> AdapterLayout:
         UnsupportedAdapterError: pickled weights, or a flavour other than plain LoRA.
         ValueError: a malformed file, stray or unpaired tensors, a rank other than configured.
     """
-    settings = read_config(folder, name)
-    return arrange(folder, name, settings, read_entries(folder, name))
+    return parse_layout(read_headers(folder, name), folder, name)
+
+
+@dataclass(frozen=True)
+class Headers:
+    """The bytes that decide a layout but for its name and place: adapters that were made alike have equal ones."""
+
+    config: bytes
+    weights: RawHeader
+
+    @property
+    def nbytes(self) -> int:
+        """Their length."""
+        return len(self.config) + len(self.weights.text)
+
+
+def read_headers(folder: Path, name: str) -> Headers:
+    """The bytes of both headers of a folder, not looked at; raises as `read_layout` does where a file cannot be."""
+    return Headers(_read_config_text(folder, name), _read_raw_header(folder, name))
+
+
+def parse_layout(headers: Headers, folder: Path, name: str) -> AdapterLayout:
+    """The layout that the headers of a folder describe; raises as `read_layout` does where they are wrong."""
+    settings = _parse_settings(headers.config, folder, name)
+    return arrange(folder, name, settings, parse_header(headers.weights, folder / WEIGHTS))
 
 
 def read_config(folder: Path, name: str) -> LoraSettings:
     """The settings in the folder's `adapter_config.json`; raises as `read_layout` does."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{name}: there is no adapter folder {folder}")
-    return read_settings(read_json_object(folder / CONFIG), name)
+    return _parse_settings(_read_config_text(folder, name), folder, name)
 
 
 def read_entries(folder: Path, name: str) -> Mapping[str, TensorEntry]:
     """The header of the folder's weights; raises as `read_layout` does."""
+    return parse_header(_read_raw_header(folder, name), folder / WEIGHTS)
+
+
+def _read_config_text(folder: Path, name: str) -> bytes:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: there is no adapter folder {folder}")
+    return read_json_text(folder / CONFIG)
+
+
+def _parse_settings(text: bytes, folder: Path, name: str) -> LoraSettings:
+    return read_settings(parse_json_object(text, str(folder / CONFIG)), name)
+
+
+def _read_raw_header(folder: Path, name: str) -> RawHeader:
     pickled = [file for file in PICKLED if (folder / file).exists()]
     if pickled and not (folder / WEIGHTS).exists():
         raise UnsupportedAdapterError(
             f"{name}: {pickled[0]} is a pickle, which runs code when it is read; load it with PEFT where you trust it "
             f"and save it again with safe_serialization=True, which makes {WEIGHTS}"
         )
-    return read_header(folder / WEIGHTS)
+    return read_raw_header(folder / WEIGHTS)
 
 
 def arrange(folder: Path, name: str, settings: LoraSettings, entries: Mapping[str, TensorEntry]) -> AdapterLayout:

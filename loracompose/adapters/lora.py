@@ -57,8 +57,14 @@ class LoraFactors:
         return self.A.nbytes + self.B.nbytes
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoraFactors:
-        """The same factors on a device and in a dtype; self if nothing changes."""
-        A, B = self.A.to(device=device, dtype=dtype), self.B.to(device=device, dtype=dtype)
+        """The same factors on a device and in a dtype; self if nothing changes.
+
+        A B of another dtype lies in memory rank after rank, as the operator reads it.
+        """
+        A, B = self.A.to(device=device, dtype=dtype), self.B
+        if dtype not in (None, B.dtype):
+            B = B.mT.to(dtype, memory_format=torch.contiguous_format).mT
+        B = B.to(device)
         return self if A is self.A and B is self.B else replace(self, A=A, B=B)
 
 
@@ -107,5 +113,7 @@ def fingerprint(factors: Mapping[str, LoraFactors]) -> str:
             head = f"{module}\0{f.kind}\0{tuple(tensor.shape)}\0{tensor.dtype}\0"
             digest.update(head.encode())
             if tensor.numel():
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)  # no copy
+                # flat: a column that is a row elsewhere is contiguous with any stride, and bytes take a stride of 1
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy().data)  # no copy
     return digest.hexdigest()

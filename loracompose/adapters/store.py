@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 
-from loracompose.adapters.base import Base, as_module
+from loracompose.adapters.base import Base, as_module, check_complete
 from loracompose.adapters.bounded import Bounded
-from loracompose.adapters.checkpoint import adapter_dtype, check_dtype, convert, read_adapter, read_checked
+from loracompose.adapters.checkpoint import adapter_dtype, check_base_copies, check_dtype, convert, read_adapter
 from loracompose.adapters.folder import CONFIG, WEIGHTS
-from loracompose.adapters.layout import read_layout
+from loracompose.adapters.layout import AdapterLayout, Headers, parse_layout, read_headers
 from loracompose.adapters.lora import Adapter
 from loracompose.adapters.transfer import Packed, occupied
+
+# Layouts of adapters made alike are kept apart from `max_bytes`, which counts factors. One takes several times the
+# bytes of its headers.
+MAX_LAYOUT_BYTES = 2**25
+LAYOUT_BYTES = 8
 
 Signature = tuple[tuple[int, int, int], ...]
 
@@ -105,6 +110,7 @@ class AdapterStore:
         self._copies: Bounded[tuple[str, torch.device, torch.dtype], Adapter] = Bounded(max_bytes)
         self._host: Bounded[tuple[str, torch.dtype], Packed] = Bounded(host_bytes, "host_bytes")
         self._streams: dict[torch.device, Any] = {}
+        self._layouts: Bounded[Headers, AdapterLayout] = Bounded(MAX_LAYOUT_BYTES)
         self._reads: dict[_Request, Future[Adapter]] = {}
         self._hits = self._misses = self._from_host = 0
 
@@ -211,10 +217,9 @@ class AdapterStore:
 
     def _from_file(self, request: _Request, known: _Known | None) -> tuple[Adapter, Adapter, torch.dtype]:
         """A copy, the adapter without tensors, and the dtype that the file is read in."""
-        if known is not None:  # held against the base, checked and hashed when it was first read
-            layout = read_layout(request.folder, request.folder.name)
-        else:
-            layout = read_checked(request.folder, base=self._base, name=None)
+        layout = self._layout(request.folder)
+        if known is None and self._base is not None:
+            check_base_copies(layout, self._base)
         adapter = read_adapter(layout, trusted=known is not None)
         if _signature(request.folder) != request.signature:
             raise ChangedAdapterError(f"{request.folder} changed while it was read; try again")
@@ -227,6 +232,20 @@ class AdapterStore:
         with self._lock:
             self._hold((identity, request.dtype or natural), packed)
         return packed.on(request.device, self._beside(request.device)), bare, natural
+
+    def _layout(self, folder: Path) -> AdapterLayout:
+        """The layout of a folder, held against the base; once for all adapters whose headers are equal."""
+        headers = read_headers(folder, folder.name)
+        with self._lock:
+            alike = self._layouts.get(headers)
+        if alike is not None:
+            return replace(alike, name=folder.name, weights=folder / WEIGHTS)
+        layout = parse_layout(headers, folder, folder.name)
+        check_complete(layout, self._base)
+        with self._lock:
+            if self._layouts.get(headers) is None:
+                self._layouts.put(headers, layout, LAYOUT_BYTES * headers.nbytes)
+        return layout
 
     def _beside(self, device: torch.device) -> Any:
         """The one stream that copies to a GPU; None for other devices."""

@@ -22,7 +22,7 @@ class Packed:
     Attributes:
         bare: the adapter without its factors.
         buffers: dtype -> every number of that dtype, on the CPU.
-        places: module -> where its A and its B begin, and of what kind it is.
+        places: module -> where its A and its B, rank after rank, begin, and of what kind it is.
     """
 
     bare: Adapter
@@ -41,7 +41,7 @@ class Packed:
             parts.setdefault(tensor.dtype, []).append(tensor.reshape(-1))
             return start, tensor.shape, tensor.dtype
 
-        places = {module: (place(own.A), place(own.B), own.kind) for module, own in adapter.factors.items()}
+        places = {module: (place(own.A), place(own.B.mT), own.kind) for module, own in adapter.factors.items()}
         buffers = {}
         for dtype, own in parts.items():
             buffers[dtype] = torch.empty(ends[dtype], dtype=dtype, pin_memory=pins())
@@ -67,7 +67,7 @@ class Packed:
             start, shape, dtype = place
             return there[dtype][start : start + prod(shape)].view(shape)
 
-        factors = {module: LoraFactors(view(A), view(B), kind) for module, (A, B, kind) in self.places.items()}
+        factors = {module: LoraFactors(view(A), view(B).mT, kind) for module, (A, B, kind) in self.places.items()}
         return replace(self.bare, factors=factors)
 
     def _sent(self, device: torch.device, beside: Any) -> dict[torch.dtype, Tensor]:

@@ -124,6 +124,15 @@ class LearnedComposer(Composer, Protocol):
         ...
 
 
+def keeps_factors(composer: Composer) -> bool:
+    """Whether A and B of its deltas are the adapters' own, side by side, and no gate looks at them.
+
+    Rounding them first then gives the same deltas, so that they need not be composed in a wider dtype than they run in.
+    A composer says so by a class variable of this name.
+    """
+    return bool(getattr(composer, "keeps_factors", False))
+
+
 def router_of(composer: Composer) -> Router | None:
     """What a composer has learned; None if it learns nothing."""
     router = getattr(composer, "router", None)
@@ -209,13 +218,17 @@ def side_by_side(
         row_of: place in `composed` of each row of the batch, (batch,).
     """
     deltas = {}
+    switches: dict[tuple[object, ...], Tensor] = {}  # modules of equal ranks share one, as in `rank_weights`
     for module, bank in banks.items():
-        pieces = [(i, factors[module]) for i, factors in enumerate(composed) if module in factors]
-        if not pieces:
+        pieces = [factors.get(module) for factors in composed]
+        own = [piece for piece in pieces if piece is not None]
+        if not own:
             continue
-        A = torch.cat([A for _, (A, _) in pieces])  # (R, d_in)
-        B = torch.cat([B for _, (_, B) in pieces], dim=1)  # (d_out, R)
-        owner = torch.cat([torch.full((A.shape[0],), i, device=row_of.device) for i, (A, _) in pieces])
-        switch = (row_of[:, None] == owner[None, :]).to(A)  # (batch, R)
-        deltas[module] = LowRankDelta(A, B, switch, kind=bank.kind)
+        A = torch.cat([A for A, _ in own])  # (R, d_in)
+        B = torch.cat([B.mT for _, B in own]).mT  # (d_out, R), in memory rank after rank
+        ranks = tuple(0 if piece is None else len(piece[0]) for piece in pieces)
+        if (ranks, A.dtype) not in switches:
+            owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(row_of.device)
+            switches[ranks, A.dtype] = (row_of[:, None] == owner[None, :]).to(A)  # (batch, R)
+        deltas[module] = LowRankDelta(A, B, switches[ranks, A.dtype], kind=bank.kind)
     return deltas

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from loracompose.composers.base import Scope
-from loracompose.composition.bank import RankBank
+from loracompose.composition.bank import RankBank, rank_weights
 from loracompose.composition.delta import LowRankDelta
 
 
@@ -26,12 +26,11 @@ class Mixture:
     name: ClassVar[str] = "mixture"
     source: ClassVar[str] = "LoraRetriever, arXiv:2402.09997"
     scope: ClassVar[Scope] = "static"
+    keeps_factors: ClassVar[bool] = True
     gauge_invariant: ClassVar[bool] = True
     exact: ClassVar[bool] = True
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Every rank as it is, weighted as its adapter."""
-        return {
-            module: LowRankDelta(bank.A, bank.B, bank.per_rank(weights), kind=bank.kind)
-            for module, bank in banks.items()
-        }
+        of_ranks = rank_weights(banks, weights)
+        return {m: LowRankDelta(bank.A, bank.B, of_ranks[m], kind=bank.kind) for m, bank in banks.items()}

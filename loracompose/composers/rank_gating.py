@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loracompose.composers.base import Scope
-from loracompose.composition.bank import RankBank
+from loracompose.composition.bank import RankBank, rank_weights
 from loracompose.composition.canonical import canonical_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext
@@ -50,11 +50,11 @@ class RankGating:
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Canonical ranks, gated by what each adds to the token."""
+        ranks = canonical_banks(banks)
+        of_ranks = rank_weights(ranks, weights)
         return {
-            module: LowRankDelta(
-                bank.A, bank.B, bank.per_rank(weights), TopRanks(bank.B.norm(dim=0), self.m), bank.kind
-            )
-            for module, bank in canonical_banks(banks).items()
+            module: LowRankDelta(bank.A, bank.B, of_ranks[module], TopRanks(bank.B.norm(dim=0), self.m), bank.kind)
+            for module, bank in ranks.items()
         }
 
 

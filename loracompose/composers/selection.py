@@ -28,6 +28,7 @@ class Selection:
     name: ClassVar[str] = "selection"
     source: ClassVar[str] = "LoraRetriever, arXiv:2402.09997"
     scope: ClassVar[Scope] = "static"
+    keeps_factors: ClassVar[bool] = True
     gauge_invariant: ClassVar[bool] = True
     exact: ClassVar[bool] = False
 

@@ -65,14 +65,18 @@ class RankBank:
 
     @cached_property
     def B(self) -> Tensor:
-        """All columns of B, (d_out, R)."""
-        return torch.cat([part.B for _, part in self.present], dim=1)
+        """All columns of B, (d_out, R); in memory rank after rank, as the operator reads them."""
+        return torch.cat([part.B.mT for _, part in self.present]).mT
 
     @cached_property
     def owner(self) -> Tensor:
         """The adapter that each rank belongs to, (R,) int64 in 0..K-1."""
-        ranks = [torch.full((part.rank,), i, dtype=torch.int64) for i, part in self.present]
-        return torch.cat(ranks).to(self.A.device)
+        return torch.arange(self.n_adapters).repeat_interleave(torch.tensor(self.ranks)).to(self.A.device)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """How many ranks each of the K adapters has here; 0 where it leaves the module alone."""
+        return tuple(0 if part is None else part.rank for part in self.parts)
 
     def per_rank(self, weights: Tensor) -> Tensor:
         """Spread adapter weights (batch, K) over the ranks, (batch, R)."""
@@ -92,6 +96,25 @@ def gather_banks(adapters: Sequence[Adapter]) -> dict[str, RankBank]:
     """The banks of every module that at least one adapter has, sorted by module path."""
     modules = sorted({module for adapter in adapters for module in adapter.factors})
     return {module: RankBank.gather(adapters, module) for module in modules}
+
+
+def rank_weights(banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, Tensor]:
+    """`RankBank.per_rank` of every module; one tensor for all modules in which the adapters have the same ranks.
+
+    That they share it spares the operator to find out that what their rows use is equal.
+
+    Args:
+        banks: module path -> ranks of the K adapters.
+        weights: (batch, K).
+    """
+    made: dict[tuple[object, ...], Tensor] = {}
+    found = {}
+    for module, bank in banks.items():
+        key = bank.ranks, bank.A.dtype, bank.A.device
+        if key not in made:
+            made[key] = bank.per_rank(weights)
+        found[module] = made[key]
+    return found
 
 
 def content_order(adapters: Sequence[Adapter]) -> list[int]:

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from loracompose.retrieval import tables
 from loracompose.retrieval.cards import Card
 from loracompose.retrieval.database import Database
-from loracompose.retrieval.tables import Entry, Settings, Tombstone
+from loracompose.retrieval.tables import Entry, Record, Settings, Tombstone
 
-__all__ = ["FORMAT", "Card", "Catalog", "Entry", "Settings", "Tombstone"]
+__all__ = ["FORMAT", "Card", "Catalog", "Entry", "Record", "Settings", "Tombstone"]
 
 FORMAT = 4
 
@@ -135,8 +135,12 @@ class Catalog:
         with self.reading():
             found = self.database.rows("SELECT id FROM adapters WHERE name = ?", name)
             if not found:
-                raise LookupError(self._unknown(name))
+                raise LookupError(self.unknown(name))
             return tables.select_entries(self.database, [found[0][0]])[0]
+
+    def record(self, name: str) -> Record | None:
+        """The adapter of this name, without its examples; None if there is none."""
+        return tables.select_record(self.database, name)
 
     def entries(self, ids: Sequence[int] | None = None) -> list[Entry]:
         """The adapters with these row ids (default: all), in index order; ids that are gone are left out."""
@@ -258,7 +262,8 @@ class Catalog:
     def _set(self, key: str, value: str) -> None:
         self.database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, value)
 
-    def _unknown(self, name: str) -> str:
+    def unknown(self, name: str) -> str:
+        """What to say of a name that no adapter has: when it was removed, or what is near."""
         names = self.names()
         buried = self.tombstones(name)
         if buried:

@@ -10,7 +10,7 @@ from typing import Self
 from loracompose.retrieval import backup, compaction
 from loracompose.retrieval.backup import SnapshotReport
 from loracompose.retrieval.cards import Card
-from loracompose.retrieval.catalog import Catalog
+from loracompose.retrieval.catalog import Catalog, Record
 from loracompose.retrieval.compaction import CompactReport
 from loracompose.retrieval.copies import discard_copy
 from loracompose.retrieval.placement import CATALOG_FILE, displaced
@@ -64,11 +64,25 @@ class StoredIndex:
             LookupError: no adapter has this name.
             FileNotFoundError: the folder is gone.
         """
-        entry = self.catalog.entry(name)
-        folder = Path(os.path.normpath(self.folder / entry.path))
+        record = self.record(name)
+        if record is None:
+            raise LookupError(self.catalog.unknown(name))
+        return self.folder_of(record)
+
+    def record(self, name: str) -> Record | None:
+        """Who an adapter is and where it lies, without its examples; None if no adapter has this name."""
+        return self.catalog.record(name)
+
+    def folder_of(self, record: Record) -> Path:
+        """The folder of an adapter.
+
+        Raises:
+            FileNotFoundError: it is gone.
+        """
+        folder = Path(os.path.normpath(self.folder / record.path))
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"the folder of {name!r} is gone: {folder}; the index refers to it by the path {entry.path!r}. "
+                f"the folder of {record.name!r} is gone: {folder}; the index refers to it by the path {record.path!r}. "
                 "Put it back, or tell the index the new place with update(folder)"
             )
         return folder

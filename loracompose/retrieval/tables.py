@@ -89,6 +89,16 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Record:
+    """What the catalog says of one adapter without its examples; `path` as in `Entry`."""
+
+    name: str
+    fingerprint: str
+    base_model: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Tombstone:
     """What stays of an adapter that was removed or replaced: name, fingerprint, and when (UTC, ISO 8601)."""
 
@@ -102,6 +112,12 @@ def select_entries(database: Database, ids: Sequence[int]) -> list[Entry]:
     wanted = sorted(ids)
     chunks = [wanted[start : start + _CHUNK] for start in range(0, len(wanted), _CHUNK)]
     return [entry for chunk in chunks for entry in _select_chunk(database, chunk)]
+
+
+def select_record(database: Database, name: str) -> Record | None:
+    """The adapter of this name, without its examples; None if there is none."""
+    rows = database.rows("SELECT name, fingerprint, base_model, path FROM adapters WHERE name = ?", name)
+    return Record(*rows[0]) if rows else None
 
 
 def select_embeddings(database: Database, id: int, width: int) -> NDArray[np.float32]:

@@ -112,11 +112,16 @@ def on_host(deltas: Mapping[str, LowRankDelta]) -> dict[str, Tensor]:
     """The weights of all deltas on the CPU, fetched in one transfer for every number of rows."""
     found: dict[str, Tensor] = {}
     for rows in {delta.batch for delta in deltas.values()}:
-        these = {path: delta.weights.detach() for path, delta in deltas.items() if delta.batch == rows}
-        if all(weights.device.type == "cpu" for weights in these.values()):
+        these = {path: fixed(delta.weights) for path, delta in deltas.items() if delta.batch == rows}
+        if all(weights.device.type == "cpu" for weights in these.values()):  # as they are: modules may share them
             found |= these
             continue
         beside = torch.cat([weights.to(next(iter(these.values())).device) for weights in these.values()], dim=1).cpu()
         parts = torch.split(beside, [weights.shape[1] for weights in these.values()], dim=1)
         found |= dict(zip(these, parts, strict=True))
     return found
+
+
+def fixed(weights: Tensor) -> Tensor:
+    """The weights without their gradients; the very tensor if it has none."""
+    return weights.detach() if weights.requires_grad else weights

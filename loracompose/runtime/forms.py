@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from loracompose.composition.delta import LowRankDelta
-from loracompose.runtime.rows import RowUse
-
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integers of as many
+from loracompose.runtime.rows import Gathering, RowUse
 
 
 class BankForm(Protocol):
@@ -69,10 +67,6 @@ class GroupBank:
         """A, then every module's B."""
         return self.A, *self.B
 
-    def closed(self) -> tuple[Tensor, ...]:
-        """The same, copied, each with a rank of zeros at its end for whoever has fewer ranks than others."""
-        return tuple(torch.cat([bank, bank.new_zeros(1, bank.shape[1])]) for bank in self.banks)
-
     @cached_property
     def ranks(self) -> tuple[int, ...]:
         """How many ranks of every module are used."""
@@ -111,25 +105,18 @@ class SharedForm:
     """One bank for all rows: each multiplies all of it, and weights switch on what is its own."""
 
     def __init__(self, bank: GroupBank) -> None:
-        use, place, dtype = bank.use, bank.A.device, bank.A.dtype
+        use = bank.use
         self._A, self._B = bank.A, bank.B  # (R, d_in), and (R_i, d_out) each
-        self._ranks = list(bank.ranks)
-        weights = torch.cat(use.weights, dim=1)[use.row_of]  # (batch, R)
         if use.distinct == 1:  # every rank is used, by every row alike
             self._B = tuple(B * w[0, :, None].to(B) for B, w in zip(self._B, use.weights, strict=True))
-            weights = torch.ones_like(weights)
-        self._batch, off = use.batch, weights == 0
-        self._weights = weights.to(dtype)
-        self._scales = bool((weights[~off] != 1).any())
-        self._keep = (~off).long().neg_() if bool(off.any()) else None  # every bit of what is on, none of what is off
-        self._spread: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = {}
-        self._place = place
+        self._ranks, self._batch, self._switches = list(bank.ranks), use.batch, use.switches
 
     def shrink(self, x: Tensor) -> tuple[Tensor, ...]:
         """The weighted A x of every module, (batch * times * seq, R_i) each."""
         rows, seq, width = x.shape
         h = torch.mm(x.reshape(rows * seq, width), self._A.mT)  # (batch * times * seq, R)
-        weights, keep = self._for(rows // self._batch, h.itemsize)  # autocast may give h of another size than A
+        # autocast may give h of another size than A
+        weights, keep = self._switches.spread(rows // self._batch, h.itemsize, self._A)
         by_token = h
         if seq > 1:
             by_token = h.view(rows, seq, -1)
@@ -151,21 +138,6 @@ class SharedForm:
             return output
         return torch.addmm(output.reshape(part.shape[0], B.shape[1]), part, B).view(output.shape)
 
-    def _for(self, times: int, itemsize: int) -> tuple[Tensor | None, Tensor | None]:
-        """Weights, and the bits that stay of numbers of so many bytes, (batch * times, R); None if nothing changes."""
-        wanted = times, itemsize
-        if wanted not in self._spread:
-            with torch.inference_mode(False), torch.no_grad():  # passes outside of inference mode may follow
-                keep = None if self._keep is None else self._keep.to(BITS[itemsize])
-                self._spread[wanted] = (
-                    self._repeated(self._weights, times) if self._scales else None,
-                    None if keep is None else self._repeated(keep, times),
-                )
-        return self._spread[wanted]
-
-    def _repeated(self, by_row: Tensor, times: int) -> Tensor:
-        return by_row.repeat_interleave(times, dim=0).to(self._place)
-
 
 class GatheredForm:
     """A bank for each distinct composition, of its own ranks alone, its weights folded into B.
@@ -176,20 +148,15 @@ class GatheredForm:
 
     def __init__(self, bank: GroupBank) -> None:
         """Gather the ranks of every composition."""
-        use, place = bank.use, bank.A.device
-        self._rows = use.lineup.to(place)
+        use = bank.use
+        self._rows = use.lineup.to(bank.A.device)
         self._ranks = list(use.widest)
-        picks = use.picks
-        end, start, in_A = sum(bank.ranks), 0, []
-        for (pick, _), ranks in zip(picks, bank.ranks, strict=True):
-            # the place after a module's last rank is its rank of zeros in B, and that of the whole group in A
-            in_A.append(torch.where(pick == ranks, end, pick + start))
-            start += ranks
-        banks = bank.closed()
-        places = [torch.cat(in_A, dim=1), *(pick for pick, _ in picks)]
-        A, *B = (_take(of, to.to(place)) for of, to in zip(banks, places, strict=True))
+        A, *B = (_gathered(bank, use.gathering, i) for i, bank in enumerate(bank.banks))
         self._A = A.mT  # (distinct, d_in, R' of all modules)
-        self._B = tuple(b.mul_(w[..., None].to(b)) for b, (_, w) in zip(B, picks, strict=True))  # (distinct, R', d_out)
+        # (distinct, R', d_out)
+        self._B = tuple(
+            b if w is None else b * w[..., None].to(b) for b, w in zip(B, use.gathering.scales, strict=True)
+        )
 
     def shrink(self, x: Tensor) -> tuple[Tensor, ...]:
         """A x with each row's own A, of every module, (distinct, places * times * seq, R'_i) each."""
@@ -213,6 +180,12 @@ def _rows(bank: Tensor, used: Tensor) -> Tensor:
     return bank if len(used) == len(bank) else bank.index_select(0, used.to(bank.device))
 
 
-def _take(bank: Tensor, pick: Tensor) -> Tensor:
-    """bank[pick], (*pick, width); index_select copies rows several times faster."""
-    return bank.index_select(0, pick.flatten()).view(*pick.shape, -1)
+def _gathered(bank: Tensor, gathering: Gathering, which: int) -> Tensor:
+    """One bank's ranks of every composition, (distinct, ranks, width); zeros where it has fewer than others."""
+    places, empty = gathering.places[which], gathering.empty[which].to(bank.device)
+    if gathering.as_they_stand[which]:
+        return bank.view(*places.shape, bank.shape[1])
+    if not len(bank):
+        return bank.new_zeros(*places.shape, bank.shape[1])
+    own = bank.index_select(0, places.flatten().to(bank.device))
+    return own.index_fill_(0, empty, 0.0).view(*places.shape, bank.shape[1])

@@ -10,6 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integers of as many
+
 
 @dataclass(frozen=True, eq=False)
 class RowUse:
@@ -73,6 +75,25 @@ class RowUse:
         return tuple(found)
 
     @cached_property
+    def gathering(self) -> Gathering:
+        """What every composition takes of the banks, with its weights."""
+        sizes = [len(used) for used in self.used]
+        free = [pick == size for (pick, _), size in zip(self.picks, sizes, strict=True)]
+        in_B = [torch.where(none, 0, pick) for (pick, _), none in zip(self.picks, free, strict=True)]
+        starts = [0, *accumulate(sizes)]
+        in_A = [torch.where(none, 0, at + start) for at, none, start in zip(in_B, free, starts, strict=False)]
+        empty = [none.flatten().nonzero().flatten() for none in (torch.cat(free, dim=1), *free)]
+        scales = tuple(
+            None if bool((own[~none] == 1).all()) else own for (_, own), none in zip(self.picks, free, strict=True)
+        )
+        return Gathering((torch.cat(in_A, dim=1), *in_B), tuple(empty), scales)
+
+    @cached_property
+    def switches(self) -> Switches:
+        """What every row lets through of one bank for all."""
+        return Switches(self)
+
+    @cached_property
     def lineup(self) -> Lineup:
         """Where the rows go so that those of one composition stand together."""
         counts = torch.bincount(self.row_of, minlength=self.distinct)
@@ -108,14 +129,52 @@ class RowUse:
         )
 
 
+class Switches:
+    """The weights of a bank that all rows share: of every row, its own ranks at their weights and the others at 0.
+
+    Where there is one composition, its weights belong into B, and every rank passes at 1.
+    """
+
+    def __init__(self, use: RowUse) -> None:
+        weights = torch.cat(use.weights, dim=1)[use.row_of]  # (batch, R)
+        self._weights = torch.ones_like(weights) if use.distinct == 1 else weights
+        off = self._weights == 0
+        self._scales = bool((self._weights[~off] != 1).any())
+        self._keep = (~off).long().neg_() if bool(off.any()) else None  # every bit of what is on, none of what is off
+        self._spread: dict[tuple[object, ...], tuple[Tensor | None, Tensor | None]] = {}
+
+    def spread(self, times: int, itemsize: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weights, and the bits that stay of a number, (batch * times, R) each; None if they change nothing.
+
+        Args:
+            times: rows of each composition of the batch.
+            itemsize: bytes of the numbers whose bits they are.
+            like: a tensor on their device and in the dtype of the weights.
+        """
+        wanted = times, itemsize, like.dtype, like.device
+        if wanted not in self._spread:
+            with torch.inference_mode(False), torch.no_grad():  # passes outside of inference mode may follow
+                weights = self._weights.to(like) if self._scales else None
+                keep = None if self._keep is None else self._keep.to(like.device, BITS[itemsize])
+                self._spread[wanted] = _repeated(weights, times), _repeated(keep, times)
+        return self._spread[wanted]
+
+
 class RowUses:
     """What the groups of a request use, counted once for all whose weights are equal: mostly those of all layers."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], RowUse] = {}
+        self._very: dict[tuple[int, ...], tuple[tuple[Tensor, ...], RowUse]] = {}  # held: freed ids come back
 
     def count(self, weights: Sequence[Tensor]) -> RowUse:
-        """What `RowUse.count` gives."""
+        """What `RowUse.count` gives; nobody may write into the weights meanwhile."""
+        very = tuple(id(w) for w in weights)
+        if very not in self._very:
+            self._very[very] = tuple(weights), self._equal(weights)
+        return self._very[very][1]
+
+    def _equal(self, weights: Sequence[Tensor]) -> RowUse:
         exact = _beside(weights)
         key = (*((w.dtype, w.shape[1]) for w in weights), exact.shape, exact.numpy().tobytes())
         if key not in self._known:
@@ -123,10 +182,41 @@ class RowUses:
         return self._known[key]
 
 
+def _repeated(by_row: Tensor | None, times: int) -> Tensor | None:
+    return None if by_row is None else by_row.repeat_interleave(times, dim=0)
+
+
+def _in_order(places: Tensor) -> bool:
+    return bool(torch.equal(places.flatten(), torch.arange(places.numel())))
+
+
 def _beside(weights: Sequence[Tensor]) -> Tensor:
     """The weights of all modules side by side, exact, in a dtype that numpy has."""
     beside = torch.cat([w.detach() for w in weights], dim=1) + 0.0  # -0.0 is 0
     return beside if beside.dtype in (torch.float32, torch.float64) else beside.float()
+
+
+@dataclass(frozen=True, eq=False)
+class Gathering:
+    """A bank for each composition, as wide as the widest.
+
+    Attributes:
+        places: for A, then for every module's B: (distinct, ranks), the ranks that it takes, the first where it has
+            fewer than others.
+        empty: for each of them where that is, in the flattened places: zeros belong there.
+        scales: for every module (distinct, ranks), the weights; None if all are 1.
+    """
+
+    places: tuple[Tensor, ...]
+    empty: tuple[Tensor, ...]
+    scales: tuple[Tensor | None, ...]
+
+    @cached_property
+    def as_they_stand(self) -> tuple[bool, ...]:
+        """For A, then for every module's B, whether the places are 0, 1, 2, ...: then there is nothing to gather."""
+        return tuple(
+            not len(empty) and _in_order(places) for places, empty in zip(self.places, self.empty, strict=True)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +234,11 @@ class Stack:
     in_B: tuple[Tensor, ...]
     weights: Tensor | None
     taken: Tensor | None
+
+    @cached_property
+    def as_they_stand(self) -> tuple[bool, ...]:
+        """As in `Gathering`; a free place, which repeats a rank, stands in no order."""
+        return tuple(_in_order(places) for places in (self.in_A, *self.in_B))
 
 
 @dataclass(frozen=True, eq=False)

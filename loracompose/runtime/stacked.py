@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loracompose.runtime.forms import BITS, GroupBank, Workspace
+from loracompose.runtime.forms import GroupBank, Workspace
+from loracompose.runtime.rows import BITS
 
 
 class StackedForm:
@@ -22,9 +23,13 @@ class StackedForm:
         self._scales = None if stack.weights is None else stack.weights[:, None].to(bank.A)
         # What stands in free places must leave no trace, not even inf * 0.
         self._keep = None if stack.taken is None else stack.taken[:, None].to(bank.A.device, bits).neg_()
-        places = (stack.in_A, *stack.in_B)
-        spaces = workspace.take([to.numel() * of.shape[1] for to, of in zip(places, bank.banks, strict=True)], bank.A)
-        A, *self._B = (_gathered(of, to, into) for of, to, into in zip(bank.banks, places, spaces, strict=True))
+        places, stand = (stack.in_A, *stack.in_B), stack.as_they_stand
+        sizes = [0 if s else to.numel() * of.shape[1] for of, to, s in zip(bank.banks, places, stand, strict=True)]
+        spaces = workspace.take(sizes, bank.A)
+        A, *self._B = (
+            of.view(*to.shape, of.shape[1]) if s else _gathered(of, to, into)
+            for of, to, into, s in zip(bank.banks, places, spaces, stand, strict=True)
+        )
         self._A = A.mT  # (banks, d_in, places of all modules); B is (banks, places, d_out)
 
     def shrink(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -13,10 +13,11 @@ import torch
 import loracompose.adapters.store as module
 from loracompose import Adapter, AdapterStore, LoraFactors, load_adapter, save_adapter
 from loracompose.adapters.lora import fingerprint
+from loracompose.adapters.peft_config import UnsupportedAdapterError
 from loracompose.adapters.store import ChangedAdapterError
 from loracompose.adapters.transfer import Packed
 from tests.flights import announced_waits
-from tests.tiny import CONFIGS, peft_adapter
+from tests.tiny import CONFIGS, base_model, edited, peft_adapter
 
 THREADS = 6
 PATIENCE = 20.0  # seconds until a thread that never comes fails a test
@@ -145,16 +146,62 @@ def test_a_trusted_folder_is_hashed_once(pool, monkeypatch):
 
 def test_a_trusted_folder_is_checked_once_and_gives_the_same_after_it_was_dropped(tmp_path, monkeypatch):
     folder, _ = peft_adapter(tmp_path, use_rslora=True)
-    checks = []
-    own = module.read_checked
-    monkeypatch.setattr(module, "read_checked", lambda *a, **k: checks.append(1) or own(*a, **k))
+    hashed, digest = [], module.Adapter.fingerprint.func
+    counted = property(lambda self: self.known_fingerprint or (hashed.append(self.name), digest(self))[1])
+    monkeypatch.setattr(module.Adapter, "fingerprint", counted)
     store = AdapterStore(max_bytes=0, base=CONFIGS["llama"])
     first, again = store.get(folder), store.get(folder)
-    assert len(checks) == 1
+    assert len(hashed) == 1
     assert again.fingerprint == first.fingerprint == fingerprint(again.factors)
     os.utime(folder / "adapter_config.json", ns=(1, 1))
     assert store.get(folder).fingerprint == first.fingerprint
-    assert len(checks) == 2
+    assert len(hashed) == 2
+
+
+def test_adapters_that_were_made_alike_are_parsed_and_held_against_the_base_once(tmp_path, monkeypatch):
+    checked, own = [], module.check_complete
+    monkeypatch.setattr(module, "check_complete", lambda layout, base: checked.append(layout.name) or own(layout, base))
+    store = AdapterStore(max_bytes=0)
+    for name, seed in (("one", 1), ("two", 2)):
+        got, want = store.get(write(tmp_path / name, seed)), load_adapter(tmp_path / name)
+        assert (got.name, got.fingerprint) == (name, want.fingerprint)
+    assert checked == ["one"]
+    store.get(write(tmp_path / "wider", 3, rank=3))
+    assert checked == ["one", "wider"]
+
+
+def test_an_adapter_made_like_another_is_not_taken_for_it_where_its_file_is_too_short(tmp_path):
+    store = AdapterStore(max_bytes=0)
+    store.get(write(tmp_path / "one", 1))
+    weights = write(tmp_path / "cut", 2) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="truncated or padded"):
+        store.get(tmp_path / "cut")
+
+
+def test_the_base_weight_that_an_adapter_brings_is_compared_for_each_of_those_made_alike(tmp_path):
+    folder, _ = peft_adapter(tmp_path, target_modules=["embed_tokens"])
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    other = edited(folder, tmp_path / "other", tensors=lambda t: {**t, key: t[key] + 1})
+    store = AdapterStore(base=base_model())
+    store.get(folder)
+    with pytest.raises(UnsupportedAdapterError, match=r"differs from the base's 'model.embed_tokens'"):
+        store.get(other)
+
+
+def test_a_layout_that_does_not_fit_the_base_is_refused_for_every_adapter_that_has_it(tmp_path):
+    store = AdapterStore(base=CONFIGS["llama"])
+    for name in ("one", "two"):
+        with pytest.raises(LookupError, match=rf"{name}: the base has no module"):
+            store.get(write(tmp_path / name, 1))
+
+
+def test_a_copy_of_another_dtype_is_rounded_once_and_its_B_lies_rank_after_rank(pool):
+    want = load_adapter(pool[0]).factors["layers.0.q"]
+    got = AdapterStore(dtype=torch.bfloat16).get(pool[0]).factors["layers.0.q"]
+    assert torch.equal(got.A, want.A.bfloat16())
+    assert torch.equal(got.B, want.B.bfloat16())
+    assert got.B.mT.is_contiguous()
 
 
 def test_the_factors_of_a_file_share_one_buffer_and_no_other_file(tmp_path):

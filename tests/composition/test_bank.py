@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loracompose.adapters.lora import Adapter, LoraFactors
-from loracompose.composition.bank import RankBank, content_order, gather_banks, select_banks
+from loracompose.composition.bank import RankBank, content_order, gather_banks, rank_weights, select_banks
 from tests.composers.one_module import factors, pool
 
 
@@ -31,6 +31,20 @@ def test_weights_are_spread_over_the_ranks_of_their_adapter():
     for wrong in (torch.ones(1, 2), torch.ones(3)):
         with pytest.raises(ValueError, match=r"weights must be \(batch, 3\)"):
             bank.per_rank(wrong)
+
+
+def test_modules_in_which_adapters_have_equal_ranks_share_their_weights_and_others_do_not():
+    both = [Adapter(a.name, {"m": f, "n": f, "o": f}) for a in pool(4, 2) for f in a.factors.values()]
+    banks = gather_banks([*both, Adapter("more", {"o": factors(1, 9)})])
+    weights = torch.tensor([[0.5, -1.0, 2.0]])
+    found = rank_weights(banks, weights)
+    assert found["m"] is found["n"]
+    assert all(torch.equal(found[module], bank.per_rank(weights)) for module, bank in banks.items())
+    assert found["m"].shape != found["o"].shape
+
+
+def test_B_lies_rank_after_rank_in_memory_as_the_operator_reads_it():
+    assert gather_banks(with_hole())["m"].B.mT.is_contiguous()
 
 
 def test_selecting_members_renumbers_them_and_drops_modules_that_none_has():

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loracompose.composers.mixture import Mixture
+from loracompose.composition.bank import gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext
-from loracompose.runtime import operator
+from loracompose.runtime import operator, rows
 from loracompose.runtime.forms import GatheredForm, GroupBank, SharedForm, Workspace
 from loracompose.runtime.machine import DEFAULT, Machine
 from loracompose.runtime.operator import RowOperator, StaticGroup
@@ -20,6 +22,7 @@ from loracompose.runtime.rows import RowUse, RowUses
 from loracompose.runtime.segments import SegmentedForm
 from loracompose.runtime.sharing import OpenProduct
 from loracompose.runtime.stacked import StackedForm
+from tests.composers.one_module import pool
 from tests.runtime.toy import Recorder, random_delta
 
 ROW_BY_ROW, AT_ONCE = Machine(large_stack=1e-9), Machine(large_stack=1e30)  # how a long pass of gathered ranks runs
@@ -130,15 +133,16 @@ def test_an_adapter_that_overflows_does_not_reach_rows_that_do_not_use_it(dtype:
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5])
-def test_what_fills_up_a_row_with_few_ranks_leaves_no_trace_of_the_rank_that_it_repeats(weight: float):
+@pytest.mark.parametrize("seq", [1, 3])
+def test_what_fills_up_a_row_with_few_ranks_leaves_no_trace_of_the_rank_that_it_repeats(weight: float, seq: int):
     weights = weight * torch.tensor([[1.0, 1.0, 0], [0, 0, 1.0]], dtype=torch.float64)
     delta = random_delta(ranks=3, weights=weights)
-    x = given_input(delta).abs() * 10
+    x = given_input(delta, seq=seq).abs() * 10
     want = dense(delta, x)[1]
     delta.A[0] = torch.finfo(torch.float64).max  # of the first row alone
     with torch.no_grad():
         run = group({"q": delta}, form="gathered", machine=AT_ONCE)
-        got = run.add("q", torch.zeros(2, 3, 9, dtype=torch.float64), x)
+        got = run.add("q", torch.zeros(2, seq, 9, dtype=torch.float64), x)
     assert torch.allclose(got[1], want, atol=1e-12)
     assert not torch.isfinite(got[0]).any()
 
@@ -184,6 +188,42 @@ def test_groups_of_one_request_are_counted_once_only_where_their_weights_are_equ
         assert counted is not first
         assert all(torch.equal(a, b) for a, b in zip(counted.weights, want.weights, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(counted.used, want.used, strict=True))
+
+
+def test_the_very_same_weights_are_not_looked_at_again_and_new_ones_in_their_place_are():
+    uses, weights = RowUses(), torch.eye(3, dtype=torch.float64)
+    with mock.patch.object(rows, "_beside", wraps=rows._beside) as looked:
+        first = uses.count([weights])
+        before = looked.call_count
+        assert uses.count([weights]) is first
+        assert looked.call_count == before
+    for i in range(50):  # a tensor that is freed leaves its place, and so its id, to the next
+        assert uses.count([torch.full((1, 1), float(i), dtype=torch.float64)]).weights[0].sum() == i
+
+
+def test_a_bank_of_all_ranks_of_one_module_copies_nothing():
+    banks = gather_banks(pool(4, 2))
+    delta = Mixture().compose(banks, torch.ones(1, 2).double())["m"]
+    made = bank(delta)
+    assert made.A.data_ptr() == delta.A.data_ptr()
+    assert made.B[0].data_ptr() == delta.B.data_ptr()
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_compositions_that_stand_in_the_bank_one_after_another_are_run_from_there(weight: float):
+    weights = weight * torch.eye(3, dtype=torch.float64).repeat_interleave(2, dim=1)
+    made = bank(random_delta(ranks=6, weights=weights))
+    gathered, stacked = GatheredForm(made), StackedForm(made, Workspace())
+    for form in (gathered, stacked):
+        assert form._A.data_ptr() == made.A.data_ptr()
+    assert stacked._B[0].data_ptr() == made.B[0].data_ptr()
+    assert (gathered._B[0].data_ptr() == made.B[0].data_ptr()) == (weight == 1)
+    x = given_input(random_delta(ranks=6, weights=weights), seq=4)
+    want = dense(random_delta(ranks=6, weights=weights), x)
+    for form in (gathered, stacked):
+        output = torch.zeros_like(want)
+        assert torch.allclose(form.add(0, form.shrink(x), output, own=True), want, atol=1e-12)
+    assert torch.equal(made.B[0], random_delta(ranks=6, weights=weights).B.mT)
 
 
 def test_ranks_that_stand_side_by_side_are_not_copied():

@@ -40,8 +40,8 @@ class Generation:
             `overlap` the first three of a batch may pass while another one generates.
         notes: anything unusual, such as an adapter made for a base of another name.
         added_parameters: numbers in the A and B of the ranks that ran for this prompt.
-        from_cache: whether the composition was kept from an earlier request instead of being made for this one; False
-            for composers that only weigh or gate ranks.
+        from_cache: whether what was made of its adapters was kept from an earlier request instead of being made for
+            this one; False for composers that only weigh or gate ranks as they are.
         prompt_tokens: what the model read, the template's own tokens included.
         new_tokens: of each text, without the token that ended it.
     """

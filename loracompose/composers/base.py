@@ -79,6 +79,24 @@ class RowComposer(Composer, Protocol):
 
 
 @runtime_checkable
+class CanonicalComposer(Composer, Protocol):
+    """A composer of singular directions: every adapter is first rewritten by itself, which can be kept for any set.
+
+    Attributes:
+        canonical: whether `compose` is `compose_canonical` of `canonical_banks` at these settings.
+    """
+
+    @property
+    def canonical(self) -> bool:
+        """Whether it composes singular directions."""
+        ...
+
+    def compose_canonical(self, banks: Mapping[str, RankBank], weights: Tensor) -> Mapping[str, LowRankDelta]:
+        """As `compose`, of banks whose ranks are singular directions already."""
+        ...
+
+
+@runtime_checkable
 class LearnedComposer(Composer, Protocol):
     """A composer whose gates are learned: what it learned is its router, which training replaces step by step.
 

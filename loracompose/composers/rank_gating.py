@@ -44,17 +44,21 @@ class RankGating:
     scope: ClassVar[Scope] = "token"
     gauge_invariant: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    canonical: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("RankGating", "m", self.m)
 
     def compose(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
         """Canonical ranks, gated by what each adds to the token."""
-        ranks = canonical_banks(banks)
-        of_ranks = rank_weights(ranks, weights)
+        return self.compose_canonical(canonical_banks(banks), weights)
+
+    def compose_canonical(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
+        """As `compose`, of ranks that are canonical already."""
+        of_ranks = rank_weights(banks, weights)
         return {
             module: LowRankDelta(bank.A, bank.B, of_ranks[module], TopRanks(bank.B.norm(dim=0), self.m), bank.kind)
-            for module, bank in ranks.items()
+            for module, bank in banks.items()
         }
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from loracompose.composers.base import Composer, RowComposer, side_by_side, unique_rows
+from loracompose.composers.base import CanonicalComposer, Composer, RowComposer, side_by_side, unique_rows
 from loracompose.composition.bank import RankBank, select_banks
 from loracompose.composition.cache import Composed, CompositionCache
+from loracompose.composition.canonical import banks_of, canonical_factors, parts_of
 from loracompose.composition.delta import LowRankDelta
 
 
@@ -40,9 +43,10 @@ def compose_batch(
 ) -> Composition:
     """What `composer.compose` gives, bit for bit; rows of known adapters through the cache.
 
-    Composers that only weigh or gate ranks keep nothing: the ranks themselves are what they run, and the store of
-    adapters keeps those. Stacking them copies each adapter of the batch once, as many bytes as a few decoding steps
-    read.
+    A composer that rewrites the ranks of a row keeps what it made of each set, one of singular directions those of each
+    adapter. Composers that only weigh or gate ranks keep nothing: the ranks themselves are what they run, and the
+    store of adapters keeps those. Stacking them copies each adapter of the batch once, as many bytes as a few decoding
+    steps read.
 
     Args:
         composer: how to compose.
@@ -52,6 +56,8 @@ def compose_batch(
         known: for each of the K adapters, whether its fingerprint is that of its content; rows with others are
             composed anew.
     """
+    if isinstance(composer, CanonicalComposer) and composer.canonical:
+        return _compose_canonical(composer, banks, weights, cache, known)
     if not (isinstance(composer, RowComposer) and composer.row_wise):
         return Composition(composer.compose(banks, weights), (False,) * len(weights))
     distinct, row_of = unique_rows(weights)
@@ -63,6 +69,27 @@ def compose_batch(
         composed.append(made)
         recalled.append(again)
     return Composition(side_by_side(banks, composed, row_of), tuple(recalled[i] for i in row_of.tolist()))
+
+
+def _compose_canonical(
+    composer: CanonicalComposer,
+    banks: Mapping[str, RankBank],
+    weights: Tensor,
+    cache: CompositionCache,
+    known: Sequence[bool],
+) -> Composition:
+    fingerprints = next(iter(banks.values())).fingerprints
+    made: list[tuple[Composed, bool]] = []
+    for i, (fingerprint, trusted) in enumerate(zip(fingerprints, known, strict=True)):
+        parts = parts_of(banks, i)
+        key = ("canonical", fingerprint, tuple((m, p.A.dtype, p.B.dtype, p.A.device) for m, p in parts.items()))
+        compose = partial(canonical_factors, parts)
+        made.append(cache.recall(key, compose) if trusted else (compose(), False))
+    deltas = composer.compose_canonical(banks_of(banks, [factors for factors, _ in made]), weights)
+    member = (weights != 0).cpu()  # (batch, K)
+    anew = torch.tensor([not again for _, again in made])
+    recalled = member.any(dim=1) & ~(member & anew).any(dim=1)
+    return Composition(deltas, tuple(recalled.tolist()))
 
 
 def _recall(

@@ -135,7 +135,16 @@ class Smora(GradientTrained):
         if self.router.settings["form"] == "adapter":
             self._check_members(banks, weights)
             return {module: self._own(bank, weights) for module, bank in banks.items()}
-        return {module: self._pool(bank, weights) for module, bank in canonical_banks(banks).items()}
+        return self.compose_canonical(canonical_banks(banks), weights)
+
+    @property
+    def canonical(self) -> bool:
+        """The form that is trained for a pool composes singular directions."""
+        return bool(self.router.settings["form"] == "pool")
+
+    def compose_canonical(self, banks: Mapping[str, RankBank], weights: Tensor) -> dict[str, LowRankDelta]:
+        """As `compose` in the form of a pool, of ranks that are singular directions already."""
+        return {module: self._pool(bank, weights) for module, bank in banks.items()}
 
     def _check_members(self, banks: Mapping[str, RankBank], weights: Tensor) -> None:
         prints = next(iter(banks.values())).fingerprints if banks else ()

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from loracompose.composers import COMPOSERS
-from loracompose.composers.base import RowWise
+from loracompose.composers.base import Pool, RowWise
 from loracompose.composers.lego import Lego
 from loracompose.composers.lorahub import LoraHub
 from loracompose.composers.mixture import Mixture
+from loracompose.composers.rank_gating import RankGating
 from loracompose.composers.recall import compose_batch, identity, row_wise
+from loracompose.composers.smora import Smora
 from loracompose.composition.bank import RankBank, content_order, gather_banks
 from loracompose.composition.cache import CompositionCache
+from loracompose.composition.gates import GateContext
 from tests.laws import hostile_adapters
 
 ROW_WISE = ("dare", "dare_ties", "fusion", "knots", "lego", "linear", "lorahub", "magnitude_prune", "ties")
@@ -75,6 +78,50 @@ def test_rows_of_adapters_whose_content_is_only_claimed_are_composed_anew():
         made = compose_batch(Lego(), banks(), SECOND, cache, (True, True, False, True))
         assert made.recalled[1] is False
     assert cache.stats.misses == 2
+
+
+def smora() -> Smora:
+    pool = Pool("base", 32, tuple("abcd"), banks())
+    return Smora(Smora.initial(pool, 0, {}))
+
+
+@pytest.mark.parametrize("make", [RankGating, smora])
+def test_singular_directions_are_kept_adapter_by_adapter_whatever_their_set_and_gate(make):
+    cache, x = CompositionCache(), torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(0))
+    composer, together = make(), banks()
+    for weights, misses in ((FIRST, 4), (SECOND, 4)):
+        got, want = compose_batch(composer, together, weights, cache, KNOWN).deltas, composer.compose(together, weights)
+        assert list(got) == list(want)
+        for module, delta in want.items():
+            assert torch.equal(got[module].A, delta.A)
+            assert torch.equal(got[module].B, delta.B)
+            assert torch.equal(got[module].weights, delta.weights)
+            if delta.kind == "linear" and delta.A.shape[1] == 32:
+                given = x[: len(weights)]
+                assert torch.equal(got[module](given, GateContext(module)), delta(given, GateContext(module)))
+        assert cache.stats.misses == misses
+    others = {m: b for m, bank in together.items() if (b := bank.select([2, 0])) is not None}
+    made = compose_batch(RankGating(m=2), others, torch.tensor([[0.5, 0.0], [0.0, 0.0]]), cache, (True, True))
+    assert made.recalled == (True, False)
+    assert cache.stats.misses == 4
+
+
+def test_singular_directions_of_content_that_is_only_claimed_are_not_kept():
+    cache = CompositionCache()
+    compose_batch(RankGating(), banks(), FIRST, cache, (True, False, True, True))
+    made = compose_batch(RankGating(), banks(), SECOND, cache, (True, False, True, True))
+    assert made.recalled == (False, True, False)
+    assert cache.stats.entries == 3
+
+
+def test_singular_directions_are_known_by_dtype_and_modules_too():
+    cache = CompositionCache()
+    compose_batch(RankGating(), banks(), FIRST, cache, KNOWN)
+    fewer = dict(list(banks().items())[:1])
+    for other in (banks(torch.float64), fewer):
+        made = compose_batch(RankGating(), other, FIRST, cache, KNOWN)
+        assert set(made.deltas) == set(other)
+        assert not any(made.recalled[i] for i in (0, 1, 3))
 
 
 def test_everything_that_decides_a_composition_decides_its_key():

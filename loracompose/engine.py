@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Engine:
         composer: used unless a call names another.
         store: where adapters are read and kept.
         retriever: finds adapters for prompts; None if every call gives its sets by hand.
-        cache: what composers that rewrite ranks made of sets of adapters.
+        cache: what composers that rewrite ranks made of sets of adapters, or of each of them.
     """
 
     base: BaseModel
@@ -93,7 +94,8 @@ class Engine:
             tokenizer: needed with a model already loaded whose name does not lead to one.
             store_bytes: of adapters kept in the memory of the device that runs the model.
             host_bytes: of adapters kept in host memory besides, pinned, where the model runs on a GPU.
-            cache_bytes: of composed sets kept in memory; 0 composes each set anew for each batch.
+            cache_bytes: of composed sets, and of single adapters rewritten for composers of singular directions, kept
+                in memory; 0 makes them anew for each batch.
 
         Raises:
             LookupError: a name that leads nowhere, or a router for an adapter that the index does not have.
@@ -300,10 +302,24 @@ class Engine:
     def _prepare(self, prompts: Sequence[Prompt], rows: Sequence[Row], composer: Composer, seconds: float) -> Request:
         """Load and compose what one batch needs."""
         start = time.perf_counter()
-        dtype = Machines().multiplied(self.base.device, self.base.dtype) if keeps_factors(composer) else None
-        loaded, identities = look_up(rows, self.store, self.index, self.base.device, dtype)
+        loaded, identities = look_up(rows, self.store, self.index, self.base.device, self._kept_as(composer))
         timings = {"retrieve": seconds, "load": time.perf_counter() - start}
         return prepare(prompts, rows, loaded, identities, composer, timings, self.base.device, self.cache)
+
+    def _kept_as(self, composer: Composer) -> torch.dtype | None:
+        """The dtype of the adapters that a composer is given; the store's if None.
+
+        Adapters that fit float32 alone would be refused in float16, which bfloat16, of the same range, never does.
+        """
+        if not keeps_factors(composer) or self.base.dtype != torch.bfloat16 or not self._alike:
+            return None
+        return Machines().multiplied(self.base.device, self.base.dtype)
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether every module gets its delta rounded to the model's dtype and nothing else done to it."""
+        scaled = any(getattr(module, "embed_scale", None) is not None for module in self.base.model.modules())
+        return not scaled and all(weight.dtype == self.base.dtype for weight in self.base.model.parameters())
 
     def _batches(self, prompts: Sequence[Prompt], rows: Sequence[Row], budget: Budget) -> list[list[int]]:
         """The places of the prompts that run together."""

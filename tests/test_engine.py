@@ -400,6 +400,35 @@ def test_adapters_are_kept_as_they_run_only_where_nothing_is_computed_of_them(tm
                     assert torch.equal(getattr(got, side), getattr(want, side)), (composer, module)
 
 
+class Halved(Mixture):
+    """A mixture whose own `compose` may compute with the factors."""
+
+
+@pytest.mark.parametrize(
+    ("change", "composer", "kept"),
+    [
+        (lambda model: model, Mixture(), torch.bfloat16),
+        (lambda model: model, Halved(), torch.float32),
+        (lambda model: model.half(), Mixture(), torch.float32),
+        (lambda model: model.model.norm.float(), Mixture(), torch.float32),
+        (lambda model: setattr(model.model.embed_tokens, "embed_scale", 2.0), Mixture(), torch.float32),
+    ],
+)
+def test_adapters_are_kept_in_16_bits_only_where_rounding_them_first_changes_nothing(
+    tmp_path, monkeypatch, change, composer, kept
+):
+    monkeypatch.setenv("LORACOMPOSE_CACHE", str(tmp_path / "cache"))
+    model = base_model(dtype=torch.bfloat16)
+    change(model)
+    for dtype in (torch.bfloat16, torch.float16):
+        save_machine(Machine(), torch.device("cpu"), dtype)
+    with build_engine(tmp_path) as other:
+        engine = Engine.from_pretrained(model, tokenizer=tokenizer(), index=other.index)
+        rows, _ = engine._rows(PROMPTS[:1], composer, [["mood", "sql"]], None, None, None)
+        made = engine._prepare(PROMPTS[:1], rows, composer, 0.0).deltas
+    assert {delta.A.dtype for delta in made.values()} == {kept}
+
+
 def test_the_trace_counts_the_numbers_of_the_ranks_that_run_for_a_prompt(engine):
     alone, both, none = engine.generate(PROMPTS[:3], adapters=[["mood"], ["mood", "sql"], []], max_new_tokens=1)
     size = {name: load_adapter(engine.index.path(name)).nbytes // 4 for name in ("mood", "sql")}

@@ -146,9 +146,9 @@ def keeps_factors(composer: Composer) -> bool:
     """Whether A and B of its deltas are the adapters' own, side by side, and no gate looks at them.
 
     Rounding them first then gives the same deltas, so that they need not be composed in a wider dtype than they run in.
-    A composer says so by a class variable of this name.
+    A composer says so by a class variable of this name; one that inherits from it has to say so anew.
     """
-    return bool(getattr(composer, "keeps_factors", False))
+    return bool(vars(type(composer)).get("keeps_factors", False))
 
 
 def router_of(composer: Composer) -> Router | None:
@@ -245,8 +245,9 @@ def side_by_side(
         A = torch.cat([A for A, _ in own])  # (R, d_in)
         B = torch.cat([B.mT for _, B in own]).mT  # (d_out, R), in memory rank after rank
         ranks = tuple(0 if piece is None else len(piece[0]) for piece in pieces)
-        if (ranks, A.dtype) not in switches:
+        key = ranks, A.dtype, A.device
+        if key not in switches:
             owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(row_of.device)
-            switches[ranks, A.dtype] = (row_of[:, None] == owner[None, :]).to(A)  # (batch, R)
-        deltas[module] = LowRankDelta(A, B, switches[ranks, A.dtype], kind=bank.kind)
+            switches[key] = (row_of[:, None] == owner[None, :]).to(A)  # (batch, R)
+        deltas[module] = LowRankDelta(A, B, switches[key], kind=bank.kind)
     return deltas

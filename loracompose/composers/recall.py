@@ -80,11 +80,14 @@ def _compose_canonical(
 ) -> Composition:
     fingerprints = next(iter(banks.values())).fingerprints
     made: list[tuple[Composed, bool]] = []
+    asked: dict[Hashable, tuple[Composed, bool]] = {}  # twins are asked for once: the second was not kept from earlier
     for i, (fingerprint, trusted) in enumerate(zip(fingerprints, known, strict=True)):
         parts = parts_of(banks, i)
         key = ("canonical", fingerprint, tuple((m, p.A.dtype, p.B.dtype, p.A.device) for m, p in parts.items()))
         compose = partial(canonical_factors, parts)
-        made.append(cache.recall(key, compose) if trusted else (compose(), False))
+        if trusted and key not in asked:
+            asked[key] = cache.recall(key, compose)
+        made.append(asked[key] if trusted else (compose(), False))
     deltas = composer.compose_canonical(banks_of(banks, [factors for factors, _ in made]), weights)
     member = (weights != 0).cpu()  # (batch, K)
     anew = torch.tensor([not again for _, again in made])

@@ -13,7 +13,7 @@ from torch import Tensor
 from loracompose.adapters.bounded import Bounded
 
 Composed: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
-"""Module path -> A (r, d_in), B (d_out, r) of one set of adapters at fixed weights."""
+"""Module path -> A (r, d_in), B (d_out, r): of one set of adapters at fixed weights, or of one adapter rewritten."""
 
 
 @dataclass(frozen=True)

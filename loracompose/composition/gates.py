@@ -27,7 +27,7 @@ class GateContext:
         scratch: the store of one forward pass of the model, emptied before the next: for what the modules of a layer
             share, and for the live gates that a training loss is made of.
         base_states: last hidden states of the base without any delta, of the tokens that the module reads,
-            (batch, seq, hidden); made only for gates that set `needs_base_states`.
+            (batch, seq, hidden), in the model's dtype; made only for gates that set `needs_base_states`.
     """
 
     module: str

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from loracompose.composition.delta import LowRankDelta
 from loracompose.runtime.attachment import Add
-from loracompose.runtime.fitting import gives_own_output
+from loracompose.runtime.fitting import COMPUTING, gives_own_output
 from loracompose.runtime.folding import keeps_precision, why_not_foldable
 from loracompose.runtime.forms import Workspace
-from loracompose.runtime.machine import Machines
+from loracompose.runtime.machine import Machine, Machines
 from loracompose.runtime.operator import RowOperator, StaticGroup, gated_group, static_add
 from loracompose.runtime.plan import Wanted, fold_pays
 from loracompose.runtime.rows import RowUses
@@ -60,7 +60,7 @@ class Assembly:
             group = {path: deltas[path] for path in members}
             first = group[members[0]]
             if is_static(first):
-                machine = self.machines.of(first.A.device, first.A.dtype)
+                machine = self._rates(members[0])
                 writable = {path for path in members if gives_own_output(self.modules[path])}
                 run = StaticGroup(
                     group,
@@ -79,6 +79,12 @@ class Assembly:
                 adders |= {path: RowOperator(delta).add for path, delta in group.items()}
         return adders
 
+    def _rates(self, path: str) -> Machine:
+        """What the plan counts with for a module: measured for its own dtype, though its delta may be wider."""
+        delta, weight = self.deltas[path], self.modules[path].weight
+        dtype = weight.dtype if isinstance(weight, Tensor) and weight.dtype in COMPUTING else delta.A.dtype
+        return self.machines.of(delta.A.device, dtype)
+
     def _folds(self, path: str, delta: LowRankDelta, weights: Tensor) -> bool:
         if self.form == "folded":
             reason = why_not_foldable(self.modules[path], delta, weights)
@@ -91,7 +97,7 @@ class Assembly:
             return False
         d_out, d_in, ranks = delta.B.shape[0], delta.A.shape[1], int((weights[0] != 0).sum())
         rows, size = delta.batch, delta.A.itemsize
-        machine = self.machines.of(delta.A.device, delta.A.dtype)
+        machine = self._rates(path)
         return ranks > 0 and fold_pays(self.tokens, rows, d_in, d_out, ranks, size, machine)
 
 

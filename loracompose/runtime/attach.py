@@ -50,7 +50,8 @@ def attach(
             their bank, but "folded" refuses what is gated.
         tokens: how many decoding steps to expect. With them the plan may fold a composition that all rows share
             into the weights; None never folds. It never folds into 16-bit weights, which would round the delta off.
-        machine: what the plan counts with; None is what `calibrate` measured here, or else fixed constants.
+        machine: what the plan counts with, and whether deltas beside 16-bit weights are multiplied in float32; None is
+            what `calibrate` measured here, or else fixed constants.
 
     Yields:
         The attachment, which knows afterwards which deltas never ran.

@@ -81,20 +81,27 @@ def on_module(delta: LowRankDelta, module: nn.Module, states: torch.dtype, machi
 
 
 def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """States or ids of a model as a delta of that dtype multiplies them; autocast chooses by itself."""
+    """States, ids or outputs of a model as a wider delta of that dtype multiplies them; autocast chooses by itself."""
     if x.dtype == dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return x
-    return x.to(dtype)
+    return x.to(dtype) if x.dtype.itemsize < dtype.itemsize else x
 
 
-def widened_context(context: GateContext, dtype: torch.dtype) -> GateContext:
-    """What a gate may know, its states in the dtype that its delta multiplies."""
-    layer_input, base = (
-        None if states is None else widened(states, dtype) for states in (context.layer_input, context.base_states)
-    )
-    if layer_input is context.layer_input and base is context.base_states:
+def widened_context(context: GateContext, x: Tensor, states: Tensor) -> GateContext:
+    """What a gate may know beside a module's input that was widened: the layer's input widened, too.
+
+    Where both were one tensor they are one again, by which gates tell an encoder's tokens. `base_states` stay as they
+    are: a gate keeps what it makes of them by the very tensor.
+
+    Args:
+        context: what is known.
+        x: the input of the module.
+        states: the same, widened.
+    """
+    layer_input = context.layer_input
+    if layer_input is None or states is x:
         return context
-    return replace(context, layer_input=layer_input, base_states=base)
+    return replace(context, layer_input=states if layer_input is x else widened(layer_input, states.dtype))
 
 
 def gives_own_output(module: nn.Module) -> bool:

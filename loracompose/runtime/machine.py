@@ -151,18 +151,21 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
     on a CPU are multiplied as they are and in float32, and the rates are those of the way that answers sooner.
     """
     place = torch.device(device)
-    found = _measured(place, dtype, dtype)
-    if place.type == "cpu" and dtype.itemsize == 2:
-        wide = replace(_measured(place, dtype, torch.float32), wide=True)
-        return min(found, wide, key=_answer_seconds)
-    return found
+    as_they_are = _measured(place, dtype, dtype)
+    if place.type != "cpu" or dtype.itemsize != 2:
+        return as_they_are[1]
+    wide = _measured(place, dtype, torch.float32)
+    return as_they_are[1] if as_they_are[0] <= wide[0] else replace(wide[1], wide=True)
 
 
 WIDE, RANKS, ROWS = 1024, 64, 16  # of the products that are timed
 
 
-def _measured(place: torch.device, dtype: torch.dtype, multiplied: torch.dtype) -> Machine:
-    """The rates of products in one dtype, of states in another or the same."""
+def _measured(place: torch.device, dtype: torch.dtype, multiplied: torch.dtype) -> tuple[float, Machine]:
+    """The rates of products in one dtype, of states in another or the same, and what an answer took with them.
+
+    Of an answer, the products of one module are counted: a prompt of many tokens, and as many steps after it.
+    """
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=place, dtype=dtype)
@@ -178,27 +181,22 @@ def _measured(place: torch.device, dtype: torch.dtype, multiplied: torch.dtype) 
     }
     bandwidth = large.nbytes / seconds["sum"]
     work = 2.0 * WIDE * RANKS
-    rows = numbers(ROWS, EACH, WIDE)
-    return Machine(
+    rows, row = numbers(ROWS, EACH, WIDE), numbers(ROWS, WIDE)
+    step, own_step = _step_seconds(row, STEP_SHARED, multiplied), _step_seconds(row[:, None], STEP_OWN, multiplied)
+    machine = Machine(
         bandwidth=bandwidth,
-        small_gemm=_stepping_rate(numbers(ROWS, WIDE), STEP_SHARED, bandwidth, multiplied),
+        small_gemm=_step_rate(row, STEP_SHARED, step, bandwidth / multiplied.itemsize),
         large_gemm=1024 * work / seconds["many"],
-        small_bmm=_stepping_rate(numbers(ROWS, 1, WIDE), STEP_OWN, bandwidth, multiplied),
+        small_bmm=_step_rate(row[:, None], STEP_OWN, own_step, bandwidth / multiplied.itemsize),
         large_bmm=_rowwise_rate(rows, STEP_OWN, multiplied, at_once=place.type == "cuda"),
         call=seconds["call"],
         large_stack=_rowwise_rate(rows, STEP_OWN, multiplied, at_once=True),
     )
+    prompt = 4.0 * ROWS * EACH * WIDE * STEP_OWN / max(machine.large_bmm, machine.large_stack)
+    return EACH * step + prompt, machine
 
 
-def _answer_seconds(machine: Machine) -> float:
-    """What the products of one module take in an answer: a prompt of many tokens, and as many steps after it."""
-    numbers = 2 * WIDE * STEP_SHARED
-    step = numbers * (4 if machine.wide else 2) / machine.bandwidth + 2 * ROWS * numbers / machine.small_gemm
-    prompt = 4 * ROWS * EACH * WIDE * STEP_OWN / max(machine.large_bmm, machine.large_stack)
-    return EACH * step + prompt
-
-
-def _stepping_rate(x: torch.Tensor, ranks: int, bandwidth: float, multiplied: torch.dtype) -> float:
+def _step_rate(x: torch.Tensor, ranks: int, seconds: float, numbers: float) -> float:
     """Operations a second of the two products of a decoding step, whose banks come from memory.
 
     What reading takes is taken off, since the plan counts it by itself: at most nine tenths, so that a rate is left.
@@ -206,15 +204,26 @@ def _stepping_rate(x: torch.Tensor, ranks: int, bandwidth: float, multiplied: to
     Args:
         x: (rows, width) for one bank, (rows, 1, width) for a bank each.
         ranks: of a bank.
-        bandwidth: bytes a second.
-        multiplied: dtype of the banks.
+        seconds: of such a step.
+        numbers: that are read a second.
     """
+    reading = 2 * x.shape[-1] * ranks * _n_banks(x) / numbers
+    return float(4 * x.shape[0] * x.shape[-1] * ranks / max(seconds - reading, seconds / 10))
+
+
+def _n_banks(x: torch.Tensor) -> int:
+    """One for rows side by side, one for each row of a batch."""
+    return x.shape[0] if x.ndim == 3 else 1
+
+
+def _step_seconds(x: torch.Tensor, ranks: int, multiplied: torch.dtype) -> float:
+    """Seconds of the two products of a step; `x` and `ranks` as for `_step_rate`, `multiplied` the banks' dtype."""
     banks, wide = x.shape[:-2], x.shape[-1]
-    each = 2 * wide * ranks * x.shape[0] ** len(banks)  # numbers that a turn reads
+    each = 2 * wide * ranks * _n_banks(x)  # numbers that a turn reads
     turns = max(2, STEP_BYTES // (each * multiplied.itemsize))
 
     def bank(*shape: int) -> torch.Tensor:
-        return torch.randn(*x.shape[: len(banks)], *shape, device=x.device, dtype=multiplied)
+        return torch.randn(*banks, *shape, device=x.device, dtype=multiplied)
 
     A = [bank(wide, ranks) for _ in range(turns)]
     B = [bank(ranks, wide) for _ in range(turns)]
@@ -226,9 +235,7 @@ def _stepping_rate(x: torch.Tensor, ranks: int, bandwidth: float, multiplied: to
             added = torch.addmm(into, h, expand) if not banks else torch.baddbmm(into, h, expand)
             added.to(x.dtype)
 
-    seconds = _best(step, x.device, runs=1) / turns
-    reading = each * multiplied.itemsize / bandwidth
-    return float(4 * x.shape[0] * wide * ranks / max(seconds - reading, seconds / 10))
+    return _best(step, x.device, runs=1) / turns
 
 
 def _rowwise_rate(x: torch.Tensor, ranks: int, multiplied: torch.dtype, *, at_once: bool) -> float:

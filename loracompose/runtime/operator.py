@@ -70,7 +70,8 @@ class RowOperator:
             with torch.inference_mode(False):  # what is made in inference mode could not be used outside of it
                 self._repeated[times] = self._delta.repeat(times)
         delta, dtype = self._repeated[times], self._delta.A.dtype
-        states, context = widened(x, dtype), widened_context(context, dtype)
+        states = widened(x, dtype)
+        context = widened_context(context, x, states)
         if self._sparse is not None and self._active_pays(x):
             return run_active(delta, self._sparse, states, context)
         h = None if self._shared is None else self._shared(x)  # (rows, seq, R)

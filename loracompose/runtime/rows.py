@@ -77,16 +77,24 @@ class RowUse:
     @cached_property
     def gathering(self) -> Gathering:
         """What every composition takes of the banks, with its weights."""
+        in_A, in_B, free = self._places(torch.arange(self.distinct))
+        empty = [none.flatten().nonzero().flatten() for none in (torch.cat(free, dim=1), *free)]
+        alike = (bool((own[~none] == 1).all()) for (_, own), none in zip(self.picks, free, strict=True))
+        scales = tuple(None if ones else own for ones, (_, own) in zip(alike, self.picks, strict=True))
+        return Gathering((torch.cat(in_A, dim=1), *in_B), tuple(empty), scales)
+
+    def _places(self, order: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Of some compositions, for every module: ranks among those of the group, of the module, and which are free.
+
+        The first rank of a module stands in free places, and that of all modules where it has none.
+        """
         sizes = [len(used) for used in self.used]
-        free = [pick == size for (pick, _), size in zip(self.picks, sizes, strict=True)]
-        in_B = [torch.where(none, 0, pick) for (pick, _), none in zip(self.picks, free, strict=True)]
+        picks = [pick[order] for pick, _ in self.picks]
+        free = [pick == size for pick, size in zip(picks, sizes, strict=True)]
+        in_B = [torch.where(none, 0, pick) for pick, none in zip(picks, free, strict=True)]
         starts = [0, *accumulate(sizes)]
         in_A = [torch.where(none, 0, at + start) for at, none, start in zip(in_B, free, starts, strict=False)]
-        empty = [none.flatten().nonzero().flatten() for none in (torch.cat(free, dim=1), *free)]
-        scales = tuple(
-            None if bool((own[~none] == 1).all()) else own for (_, own), none in zip(self.picks, free, strict=True)
-        )
-        return Gathering((torch.cat(in_A, dim=1), *in_B), tuple(empty), scales)
+        return in_A, in_B, free
 
     @cached_property
     def switches(self) -> Switches:
@@ -112,18 +120,12 @@ class RowUse:
     @cached_property
     def stack(self) -> Stack:
         """Every row with as many places as the widest has ranks."""
-        lineup, sizes = self.lineup, [len(used) for used in self.used]
-        order = torch.arange(self.distinct) if lineup.source is None else self.row_of
-        picks = [(pick[order], own[order]) for pick, own in self.picks]
-        free = [pick == size for (pick, _), size in zip(picks, sizes, strict=True)]
-        # The first rank of a module stands in free places, and that of all modules where it has none.
-        in_B = [torch.where(none, 0, pick) for (pick, _), none in zip(picks, free, strict=True)]
-        starts = [0, *accumulate(sizes)]
-        in_A = [torch.where(none, 0, at + start) for at, none, start in zip(in_B, free, starts, strict=False)]
-        weights, none = torch.cat([own for _, own in picks], dim=1), torch.cat(free, dim=1)
+        order = torch.arange(self.distinct) if self.lineup.source is None else self.row_of
+        in_A, in_B, free = self._places(order)
+        weights, none = torch.cat([own[order] for _, own in self.picks], dim=1), torch.cat(free, dim=1)
         return Stack(
             torch.cat(in_A, dim=1),
-            tuple(at if size else at[:, :0] for at, size in zip(in_B, sizes, strict=True)),
+            tuple(at if len(used) else at[:, :0] for at, used in zip(in_B, self.used, strict=True)),
             weights if bool((weights[~none] != 1).any()) else None,
             ~none if bool(none.any()) else None,
         )

@@ -114,6 +114,14 @@ def test_singular_directions_of_content_that_is_only_claimed_are_not_kept():
     assert cache.stats.entries == 3
 
 
+def test_the_twin_of_an_adapter_of_this_batch_was_not_kept_from_an_earlier_one():
+    cache, alike = CompositionCache(), banks()
+    twins = {m: replace(b, parts=(b.parts[0],) * 4, fingerprints=(b.fingerprints[0],) * 4) for m, b in alike.items()}
+    twins = {m: b for m, b in twins.items() if b.parts[0] is not None}
+    assert compose_batch(RankGating(), twins, torch.eye(4), cache, KNOWN).recalled == (False,) * 4
+    assert compose_batch(RankGating(), twins, torch.eye(4), cache, KNOWN).recalled == (True,) * 4
+
+
 def test_singular_directions_are_known_by_dtype_and_modules_too():
     cache = CompositionCache()
     compose_batch(RankGating(), banks(), FIRST, cache, KNOWN)

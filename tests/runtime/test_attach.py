@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from loracompose.composers.mixture import Mixture
 from loracompose.composition.bank import gather_banks
 from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.layers import layer_of
+from loracompose.runtime import assembly
 from loracompose.runtime.attach import attach
+from loracompose.runtime.fitting import widened
 from loracompose.runtime.forms import SharedForm
-from loracompose.runtime.machine import Machine
+from loracompose.runtime.machine import Machine, save_machine
 from tests import laws, tiny
 from tests.runtime.toy import Recorder, random_delta
 
@@ -115,6 +118,24 @@ def test_a_wide_delta_of_a_16_bit_module_is_computed_in_float32_and_the_sum_roun
     assert (got != want).sum() <= 1
     assert laws.distance(got.double(), want.double()) < 0.01
     assert gate is None or gate.moved_to == [torch.float32]
+
+
+def test_the_plan_of_a_wide_delta_counts_with_what_was_measured_for_the_models_dtype(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORACOMPOSE_CACHE", str(tmp_path))
+    measured = Machine(call=7.0, wide=True)
+    save_machine(measured, torch.device("cpu"), torch.bfloat16)
+    with mock.patch.object(assembly, "StaticGroup", wraps=assembly.StaticGroup) as made:
+        with attach(nn.Sequential(nn.Linear(12, 9).bfloat16()), {"0": random_delta(weights=torch.ones(1, 5))}):
+            assert made.call_args.kwargs["machine"] == measured
+
+
+def test_states_and_outputs_are_widened_and_never_narrowed():
+    narrow, ids = torch.ones(1, 2, 3, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.int64)
+    assert widened(narrow, torch.float32).dtype == torch.float32
+    for x, dtype in ((narrow.float(), torch.bfloat16), (narrow, torch.float16), (ids, torch.float32)):
+        assert widened(x, dtype) is x
+    with torch.autocast("cpu", torch.bfloat16):
+        assert widened(narrow, torch.float32) is narrow
 
 
 def test_modules_that_share_an_input_share_one_product_of_its_wide_copy(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from loracompose.composition.delta import LowRankDelta
-from loracompose.composition.gates import Gate
+from loracompose.composition.gates import Gate, GateContext
 from loracompose.runtime.attach import attach
 from loracompose.runtime.machine import Machine
 from tests import laws, tiny
@@ -160,6 +161,27 @@ def test_a_gate_of_a_wide_delta_sees_the_states_that_enter_its_layer_in_float32(
     seen = gate.seen[0].layer_input
     assert seen.dtype == torch.float32
     assert torch.equal(seen, out.hidden_states[0].float())
+
+
+def test_a_gate_of_a_wide_delta_still_knows_the_encoders_tokens_by_the_very_tensor():
+    @dataclass(frozen=True, eq=False)
+    class Compares(Recorder):
+        same: list[bool] = field(default_factory=list)
+
+        def __call__(self, x: Tensor, h: Tensor, w: Tensor, context: GateContext) -> Tensor:
+            self.same.append(context.layer_input is x)
+            return super().__call__(x, h, w, context)
+
+    gates = {path: Compares(needs_layer_input=True) for path in (CROSS, QUERY)}
+    model, shapes = tiny.base_model("t5", dtype=torch.bfloat16), laws.shapes("t5")
+    deltas = {}
+    for path, gate in gates.items():
+        kind, d_in, d_out = shapes[path]
+        plain = random_delta(d_in, d_out, weights=torch.ones(2, 5).double(), kind=kind)
+        deltas[path] = LowRankDelta(plain.A, plain.B, plain.weights, gate, kind)
+    with attach(model, deltas, machine=Machine(wide=True)):
+        run("t5", laws.padded(laws.prompts((4, 2))), model=model, decoder_input_ids=torch.tensor([[0, 7, 8, 9]] * 2))
+    assert (gates[CROSS].same, gates[QUERY].same) == ([True], [False])
 
 
 @pytest.mark.parametrize("on", ["llama", "gpt2"])

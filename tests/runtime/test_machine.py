@@ -128,8 +128,8 @@ def test_what_was_measured_or_given_decides_and_not_what_is_assumed(monkeypatch:
 
 @pytest.mark.parametrize(("slow", "wide"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_calibration_keeps_the_way_that_answers_sooner(slow: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch):
-    def measured(place: torch.device, dtype: torch.dtype, multiplied: torch.dtype) -> Machine:
-        return Machine(small_gemm=1e9) if multiplied == slow else Machine(small_gemm=1e12)
+    def measured(place: torch.device, dtype: torch.dtype, multiplied: torch.dtype) -> tuple[float, Machine]:
+        return (2.0, Machine(small_gemm=1e13)) if multiplied == slow else (1.0, Machine(small_gemm=1e12))
 
     monkeypatch.setattr(machine, "_measured", measured)
     assert calibrate(CPU, torch.bfloat16) == Machine(small_gemm=1e12, wide=wide)

@@ -244,7 +244,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the times depend on."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "processor": gpu or processor(),
+        # what torch compiled for: two machines of one name may differ in whether they multiply 16-bit numbers
+        "processor": gpu or f"{processor()} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

@@ -124,9 +124,10 @@ def test_the_plan_of_a_wide_delta_counts_with_what_was_measured_for_the_models_d
     monkeypatch.setenv("LORACOMPOSE_CACHE", str(tmp_path))
     measured = Machine(call=7.0, wide=True)
     save_machine(measured, torch.device("cpu"), torch.bfloat16)
-    with mock.patch.object(assembly, "StaticGroup", wraps=assembly.StaticGroup) as made:
-        with attach(nn.Sequential(nn.Linear(12, 9).bfloat16()), {"0": random_delta(weights=torch.ones(1, 5))}):
-            assert made.call_args.kwargs["machine"] == measured
+    model, seen = nn.Sequential(nn.Linear(12, 9).bfloat16()), mock.Mock(wraps=assembly.StaticGroup)
+    monkeypatch.setattr(assembly, "StaticGroup", seen)
+    with attach(model, {"0": random_delta(weights=torch.ones(1, 5))}):
+        assert seen.call_args.kwargs["machine"] == measured
 
 
 def test_states_and_outputs_are_widened_and_never_narrowed():

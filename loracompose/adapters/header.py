@@ -68,11 +68,6 @@ def parse_header(raw: RawHeader, path: Path) -> Mapping[str, TensorEntry]:
     return MappingProxyType(entries)
 
 
-def read_header(path: Path) -> Mapping[str, TensorEntry]:
-    """What `parse_header` makes of the header of a file; raises as it and `read_raw_header` do."""
-    return parse_header(read_raw_header(path), path)
-
-
 def _header_length(raw: bytes, size: int, path: Path) -> int:
     if size > MAX_FILE_BYTES:
         raise ValueError(f"{path} has {size} bytes, an adapter may have {MAX_FILE_BYTES}")

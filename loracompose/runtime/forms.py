@@ -151,7 +151,7 @@ class GatheredForm:
         use = bank.use
         self._rows = use.lineup.to(bank.A.device)
         self._ranks = list(use.widest)
-        A, *B = (_gathered(bank, use.gathering, i) for i, bank in enumerate(bank.banks))
+        A, *B = (_gathered(of, use.gathering, i) for i, of in enumerate(bank.banks))
         self._A = A.mT  # (distinct, d_in, R' of all modules)
         # (distinct, R', d_out)
         self._B = tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from loracompose import Adapter, load_adapter
-from loracompose.adapters.header import MAX_HEADER_BYTES, read_header
+from loracompose.adapters.header import MAX_HEADER_BYTES, TensorEntry, parse_header, read_raw_header
 from loracompose.adapters.inspection import inspect_folder
 from loracompose.adapters.patterns import check_pattern
 from loracompose.adapters.peft_config import LoraSettings, read_settings
 from tests.tiny import base_model, edited, peft_adapter
 
 FAST = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def read_header(path: Path) -> Mapping[str, TensorEntry]:
+    return parse_header(read_raw_header(path), path)
 
 
 @pytest.fixture(scope="module")

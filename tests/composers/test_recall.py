@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from loracompose.composers.recall import compose_batch, identity, row_wise
 from loracompose.composers.smora import Smora
 from loracompose.composition.bank import RankBank, content_order, gather_banks
 from loracompose.composition.cache import CompositionCache
+from loracompose.composition.delta import LowRankDelta
 from loracompose.composition.gates import GateContext
 from tests.laws import hostile_adapters
 
@@ -42,17 +44,21 @@ def test_these_composers_rewrite_row_by_row_and_no_others():
     assert not row_wise(LoraHub(exact_sum=True))
 
 
+def assert_equal(got: Mapping[str, LowRankDelta], want: Mapping[str, LowRankDelta]) -> None:
+    """The same deltas, bit for bit."""
+    assert list(got) == list(want)
+    for module, delta in want.items():
+        for side in ("A", "B", "weights"):
+            assert torch.equal(getattr(got[module], side), getattr(delta, side))
+
+
 @pytest.mark.parametrize("composer", ROW_WISE)
 def test_what_comes_from_the_cache_equals_what_is_composed_anew_bit_for_bit(composer):
     made, cache = COMPOSERS[composer](), CompositionCache()
     together = banks()
     for weights in (FIRST, SECOND, FIRST):
         got, want = compose_batch(made, together, weights, cache, KNOWN).deltas, made.compose(together, weights)
-        assert list(got) == list(want)
-        for module, delta in want.items():
-            assert torch.equal(got[module].A, delta.A)
-            assert torch.equal(got[module].B, delta.B)
-            assert torch.equal(got[module].weights, delta.weights)
+        assert_equal(got, want)
     assert (cache.stats.misses, cache.stats.hits) == (3, 4)
 
 
@@ -91,11 +97,8 @@ def test_singular_directions_are_kept_adapter_by_adapter_whatever_their_set_and_
     composer, together = make(), banks()
     for weights, misses in ((FIRST, 4), (SECOND, 4)):
         got, want = compose_batch(composer, together, weights, cache, KNOWN).deltas, composer.compose(together, weights)
-        assert list(got) == list(want)
+        assert_equal(got, want)
         for module, delta in want.items():
-            assert torch.equal(got[module].A, delta.A)
-            assert torch.equal(got[module].B, delta.B)
-            assert torch.equal(got[module].weights, delta.weights)
             if delta.kind == "linear" and delta.A.shape[1] == 32:
                 given = x[: len(weights)]
                 assert torch.equal(got[module](given, GateContext(module)), delta(given, GateContext(module)))

@@ -2,7 +2,11 @@
 
 loracompose bench speed -o benchmarks/results/speed.json --figure docs/speed.svg
 loracompose bench speed --dtype bfloat16 --no-slow -o benchmarks/results/speed_bfloat16.json --figure docs/speed_bfloat16.svg
+loracompose bench speed -o benchmarks/results/speed_avx2.json --figure docs/speed_avx2.svg  # on a CPU without AVX-512
+loracompose bench speed --dtype bfloat16 --case "16 rows, 3 adapters each" -o benchmarks/results/speed_avx2_bfloat16.json  # the same
 python benchmarks/step_profile.py
+python benchmarks/step_profile.py --dtype float32 --rounds 9 -o benchmarks/results/step_profile_avx2.json  # on a CPU without AVX-512
+python benchmarks/step_profile.py --dtype bfloat16 --rounds 3 -o benchmarks/results/step_profile_avx2_bfloat16.json  # the same
 loracompose bench composing -o benchmarks/results/composing.json --figure docs/composing.svg
 loracompose bench answers INDEX -o benchmarks/results/answers.json --figure docs/answers.svg
 loracompose bench answers INDEX --dtype bfloat16 -o benchmarks/results/answers_bfloat16.json  # INDEX with --encoder :bfloat16
@@ -119,9 +123,9 @@ def answers(file: str = "answers") -> str:
     return "\n".join(lines)
 
 
-def profile() -> str:
+def profile(file: str = "step_profile") -> str:
     """What the passes of both phases spend their time on, in each dtype."""
-    result = results("step_profile")
+    result = results(file)
     of = result["machine"]
     lines = [
         f"Milliseconds of a pass, {result['model']}, {of['processor']}, {of['threads']} threads, torch {of['torch']}; medians of "
@@ -263,11 +267,17 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/speed.md": {
         "ways": ways,
         "bfloat16": partial(ways, "speed_bfloat16"),
+        "ways_avx2": partial(ways, "speed_avx2"),
+        "bfloat16_avx2": partial(ways, "speed_avx2_bfloat16"),
         "cases": partial(cases, "decode"),
         "prompts": partial(cases, "first_token"),
         "cases_bfloat16": partial(cases, "decode", "speed_bfloat16"),
         "prompts_bfloat16": partial(cases, "first_token", "speed_bfloat16"),
+        "cases_avx2": partial(cases, "decode", "speed_avx2"),
+        "prompts_avx2": partial(cases, "first_token", "speed_avx2"),
         "profile": profile,
+        "profile_avx2": partial(profile, "step_profile_avx2"),
+        "profile_avx2_bfloat16": partial(profile, "step_profile_avx2_bfloat16"),
         "answers": answers,
         "answers_bfloat16": partial(answers, "answers_bfloat16"),
         "composing": composing,
